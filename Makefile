@@ -1,0 +1,39 @@
+# Two commands: `make demo` and `make test`. Each makes .venv and installs once; a second run installs nothing again.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo-out
+# Where pip looks for torch: empty takes pip's own index. The README names the one with the small CPU build.
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test check install clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    the whole loop on this machine: private data -> experts -> served mixtures (report in $(OUT)/)"
+	@echo "make test    the test suite"
+	@echo "make check   lint, types and tests: what has to be green before a commit"
+	@echo "make clean   remove .venv and build output"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorafleet needs Python 3.11 or newer, found " + sys.version.split()[0] + "; pass PYTHON=/path/to/python3")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/lorafleet demo --out $(OUT)
+
+test: $(INSTALLED)
+	VENV=$(VENV) scripts/check tests
+
+check: $(INSTALLED)
+	VENV=$(VENV) scripts/check
+
+clean:
+	rm -rf $(VENV) build *.egg-info $(OUT)

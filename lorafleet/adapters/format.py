@@ -1,0 +1,148 @@
+"""PEFT's folder format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Reading folds the scaling (alpha/r, rsLoRA's alpha/√r, ``rank_pattern``, ``alpha_pattern``) into B. Writing gives every
+module ``alpha = r``, so that its scaling is 1 and a reader that ignores the patterns (vLLM does) is still right about
+it. What this format can say and lorafleet does not compute is refused by name, never dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorafleet.adapters.factor_space import LoraPair
+from lorafleet.adapters.lora import LoraAdapter
+from lorafleet.errors import AdapterFormatError, InvalidInputError, NotFoundError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<factor>[AB])\.weight$")
+
+
+def load_adapter(directory: Path) -> LoraAdapter:
+    """Read and verify one adapter; raises NotFoundError or AdapterFormatError with what to do."""
+    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise NotFoundError(f"{path} is missing: {directory} is no adapter folder in PEFT format")
+    try:
+        config = json.loads(config_path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterFormatError(f"{config_path} is not JSON ({error}); export the adapter again") from None
+    if not isinstance(config, dict):
+        raise AdapterFormatError(f"{config_path} holds a {type(config).__name__}, expected an object; export it again")
+    refuse_unsupported(config, config_path)
+    return LoraAdapter(
+        fold(read_factors(weights_path), config, config_path), base=str(config.get("base_model_name_or_path") or "")
+    )
+
+
+def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise AdapterFormatError(f"{where}: found peft_type {config.get('peft_type')!r}, expected 'LORA'")
+    refused = {
+        "use_dora": "DoRA's magnitudes are not a sum of products",
+        "modules_to_save": "whole trained modules are not low-rank",
+        "lora_bias": "a bias on B is not supported",
+        "trainable_token_indices": "trained token embeddings are not supported",
+        "target_parameters": "adapted bare parameters are not supported",
+        "alora_invocation_tokens": "activated LoRA is not supported",
+        "layer_replication": "a base with replicated layers is another base",
+    }
+    for key, reason in refused.items():
+        if config.get(key):
+            raise AdapterFormatError(f"{where}: {key} is set: {reason}; train or export the adapter without it")
+    if config.get("bias", "none") != "none":
+        raise AdapterFormatError(f"{where}: bias is {config['bias']!r}, expected 'none'; trained biases are not supported")
+
+
+def read_factors(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Module path → {"A": …, "B": …}, float32, as stored."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                match = _KEY.match(key)
+                if match is None:
+                    raise AdapterFormatError(f"{path}: found tensor {key!r}, expected only *.lora_A.weight and *.lora_B.weight")
+                module = match["path"].removeprefix(_PREFIX)
+                factors.setdefault(module, {})[match["factor"]] = file.get_tensor(key).to(torch.float32)
+    except SafetensorError as error:
+        raise AdapterFormatError(f"{path} is damaged or truncated ({error}); copy or export it again") from None
+    for module, pair in factors.items():
+        if set(pair) != {"A", "B"}:
+            raise AdapterFormatError(f"{path}: {module} has only factor {', '.join(pair)}, expected A and B")
+    if not factors:
+        raise AdapterFormatError(f"{path} holds no tensors, expected at least one pair")
+    return factors
+
+
+def fold(factors: dict[str, dict[str, Tensor]], config: dict[str, Any], where: Path) -> dict[str, LoraPair]:
+    """Multiply each B by its module's scaling; the rank is the tensor's, alpha the config's."""
+    modules: dict[str, LoraPair] = {}
+    for path, pair in factors.items():
+        a, b = pair["A"], pair["B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+            raise AdapterFormatError(f"{where}: {path} has A {list(a.shape)} and B {list(b.shape)}, expected [r, d_in] and [d_out, r]")
+        rank = a.shape[0]
+        alpha = float(match_pattern(path, config.get("alpha_pattern") or {}, config.get("lora_alpha") or 8))
+        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+        # Where nothing is scaled the stored bits are kept, so that a digest survives the round trip.
+        modules[path] = LoraPair(a, b if scaling == 1.0 else b * scaling)
+    try:
+        return dict(LoraAdapter(modules).modules)
+    except InvalidInputError as error:
+        raise AdapterFormatError(f"{where}: {error}") from None
+
+
+def match_pattern(path: str, pattern: dict[str, Any], default: Any) -> Any:
+    """PEFT's lookup: the first key that is a full path, a suffix after a dot, or a regular expression for one."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def save_adapter(adapter: LoraAdapter, directory: Path) -> None:
+    """Write the two files; the weights land under a temporary name first, so that no reader sees half of them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for path, (a, b) in adapter.modules.items():
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.detach().to("cpu", torch.float32).contiguous()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = b.detach().to("cpu", torch.float32).contiguous()
+    part = directory / f"{WEIGHTS_NAME}.part"
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(directory / WEIGHTS_NAME)
+    (directory / CONFIG_NAME).write_text(json.dumps(peft_config(adapter), indent=2, sort_keys=True) + "\n")
+
+
+def peft_config(adapter: LoraAdapter) -> dict[str, Any]:
+    rank = adapter.rank
+    # Keys are regular expressions to PEFT: escaped, full paths.
+    other = {re.escape(path): pair.rank for path, pair in adapter.modules.items() if pair.rank != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": other,
+        "alpha_pattern": dict(other),
+        "target_modules": list(adapter.modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }

@@ -1,0 +1,128 @@
+"""What a coordinator and a member say to each other, free of any transport.
+
+A *train order* goes down with the arrays of the member's current expert (none in the first round); an *update header*
+comes up with the arrays of the residual and a flat dict of metrics. Both headers are flat dicts of str, int and float,
+which Flower's ConfigRecord carries as they are; arrays are float32, which any transport carries without pickle. The
+schema is versioned and has named sections, so that it can grow (gates, for example) without breaking old members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lorafleet.adapters.factor_space import LoraPair
+from lorafleet.adapters.lora import LoraAdapter
+from lorafleet.errors import InvalidInputError
+
+SCHEMA_VERSION = 1
+
+# Names of the sections (records) of a message.
+ORDER_SECTION = "order"
+EXPERT_SECTION = "expert"
+HEADER_SECTION = "header"
+FACTORS_SECTION = "factors"
+METRICS_SECTION = "metrics"
+
+FloatArray = npt.NDArray[np.float32]
+_KINDS: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flat:
+    """A frozen dataclass of scalars that travels as a flat dict."""
+
+    schema: int = SCHEMA_VERSION
+
+    def to_config(self) -> dict[str, str | int | float]:
+        return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Raises InvalidInputError naming the field that is missing, unknown or of the wrong type."""
+        if config.get("schema") != SCHEMA_VERSION:
+            raise InvalidInputError(
+                f"found message schema {config.get('schema')!r}, this lorafleet speaks {SCHEMA_VERSION}: update the older side"
+            )
+        known = {f.name: f for f in fields(cls)}
+        if unknown := set(config) - set(known):
+            raise InvalidInputError(f"{cls.__name__}: unknown fields {', '.join(sorted(unknown))}")
+        if missing := set(known) - set(config):
+            raise InvalidInputError(f"{cls.__name__}: missing fields {', '.join(sorted(missing))}")
+        for name, field in known.items():
+            expected = _KINDS[str(field.type)]
+            if not isinstance(config[name], expected) or isinstance(config[name], bool):
+                raise InvalidInputError(f"{cls.__name__}.{name}: found {config[name]!r}, expected {field.type}")
+        return cls(**config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOrder(_Flat):
+    """What a member is asked to do in one round."""
+
+    federation: str
+    round: int
+    attempt: int
+    member: str
+    base_digest: str
+    expert_digest: str
+    """Digest of the adapter in the expert section, or empty where the member starts from the bare base."""
+    rank: int
+    """The rank of the residual; 0 leaves it to the member."""
+    steps: int
+    """Optimiser steps; 0 asks for an evaluation of the expert alone."""
+    batch_size: int
+    sequence_length: int
+    learning_rate: float
+    seed: int
+    init_seed: int
+    """Seeds the matrix of which every member takes its first r rows as A: shared by all members of a round."""
+    deadline_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateHeader(_Flat):
+    """What a member says of its update, beside factors and metrics."""
+
+    federation: str
+    round: int
+    attempt: int
+    member: str
+    base_digest: str
+    expert_digest: str
+    digest: str
+    """Digest of the factors, as the member computed it before sending; empty for an evaluation alone."""
+    rank: int
+    num_examples: int
+    """Training sequences seen in this round: the member's weight before any cap."""
+
+
+def to_arrays(adapter: LoraAdapter) -> dict[str, FloatArray]:
+    """``{path.lora_A: [r, d_in], path.lora_B: [d_out, r]}`` in float32."""
+    arrays: dict[str, FloatArray] = {}
+    for path, (a, b) in adapter.modules.items():
+        arrays[f"{path}.lora_A"] = a.detach().to("cpu", torch.float32).contiguous().numpy()
+        arrays[f"{path}.lora_B"] = b.detach().to("cpu", torch.float32).contiguous().numpy()
+    return arrays
+
+
+def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], *, base: str = "") -> LoraAdapter:
+    """The inverse of :func:`to_arrays`; raises InvalidInputError on unknown keys, missing halves, shapes, types, NaN."""
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for key, array in arrays.items():
+        path, dot, factor = key.rpartition(".")
+        if not dot or factor not in ("lora_A", "lora_B"):
+            raise InvalidInputError(f"found array {key!r}, expected names that end in .lora_A or .lora_B")
+        if array.dtype != np.float32:
+            raise InvalidInputError(f"{key}: found {array.dtype}, expected float32")
+        # A copy: arrays from a transport may be read-only views of its buffers.
+        halves.setdefault(path, {})[factor] = torch.from_numpy(np.array(array, dtype=np.float32))
+    for path, pair in halves.items():
+        if len(pair) != 2:
+            raise InvalidInputError(f"{path}: found only {', '.join(pair)}, expected lora_A and lora_B")
+    return LoraAdapter({path: LoraPair(pair["lora_A"], pair["lora_B"]) for path, pair in halves.items()}, base)

@@ -1,0 +1,101 @@
+"""One exception tree for the whole package, and its mapping to gRPC status codes.
+
+::
+
+    LorafleetError
+    ├── InvalidInputError (ValueError)      a value that can never work as given
+    │   ├── AdapterFormatError              an adapter's files are not what PEFT's format asks for
+    │   └── UnknownNameError                a plug-in name that is not in its dict
+    ├── NotFoundError (LookupError)         not there, or not yours: from outside the two look the same
+    ├── AlreadyExistsError                  a name that is taken
+    ├── BaseMismatchError                   an adapter and a base that do not belong together
+    ├── RejectedUpdateError                 a member's update that validation refuses
+    ├── UnauthenticatedError                no or unknown tenant
+    ├── OverloadedError                     a queue or a pool is full; try again later
+    └── UnavailableError                    a part that is needed does not run or is shutting down
+
+Each message says what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LorafleetError(Exception):
+    """Base of all errors that lorafleet raises on purpose."""
+
+
+class InvalidInputError(LorafleetError, ValueError):
+    """A value that can never work as given."""
+
+
+class AdapterFormatError(InvalidInputError):
+    """An adapter's files are not what PEFT's format asks for, or hold what lorafleet refuses."""
+
+
+class UnknownNameError(InvalidInputError):
+    """A plug-in name that its dict does not hold."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"unknown {kind} {name!r}; known are: {', '.join(sorted(known)) or 'none'}")
+        self.kind, self.name, self.known = kind, name, tuple(sorted(known))
+
+    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, tuple[str, ...]]]:
+        return type(self), (self.kind, self.name, self.known)
+
+
+class NotFoundError(LorafleetError, LookupError):
+    """Not there, or not the caller's; the two are never told apart."""
+
+
+class AlreadyExistsError(LorafleetError):
+    """The name is taken."""
+
+
+class BaseMismatchError(LorafleetError, ValueError):
+    """An adapter and a base that do not belong together."""
+
+
+class RejectedUpdateError(LorafleetError, ValueError):
+    """A member's update that validation refuses; ``reason`` is a short stable code."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type[RejectedUpdateError], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)
+
+
+class UnauthenticatedError(LorafleetError):
+    """No tenant, or one that is not known."""
+
+
+class OverloadedError(LorafleetError):
+    """A queue or a pool is full; the same call may succeed later."""
+
+
+class UnavailableError(LorafleetError):
+    """A part that is needed does not run, or is shutting down."""
+
+
+# Looked up along the method resolution order, so that a subclass without an entry has its parent's code.
+GRPC_STATUS: dict[type[Exception], str] = {
+    InvalidInputError: "INVALID_ARGUMENT",
+    NotFoundError: "NOT_FOUND",
+    AlreadyExistsError: "ALREADY_EXISTS",
+    BaseMismatchError: "FAILED_PRECONDITION",
+    RejectedUpdateError: "INVALID_ARGUMENT",
+    UnauthenticatedError: "UNAUTHENTICATED",
+    OverloadedError: "RESOURCE_EXHAUSTED",
+    UnavailableError: "UNAVAILABLE",
+}
+
+
+def grpc_status(error: BaseException) -> str:
+    """The name of the gRPC status code for an error; ``INTERNAL`` for anything that is not ours."""
+    for cls in type(error).__mro__:
+        if cls in GRPC_STATUS:
+            return GRPC_STATUS[cls]
+    return "INTERNAL"

@@ -1,0 +1,170 @@
+"""Connections and transactions, on SQLite and PostgreSQL.
+
+========  ==========================================  =======================================================
+          SQLite                                      PostgreSQL
+========  ==========================================  =======================================================
+read      ``BEGIN``: one snapshot (WAL)               ``REPEATABLE READ READ ONLY``: one snapshot
+write     ``BEGIN IMMEDIATE``: one writer at a time,  ``READ COMMITTED``; the row that a decision rests on is
+          waited for up to 5 s                        locked before it is read (:func:`locked`)
+========  ==========================================  =======================================================
+
+Locks are taken in one order: federation, round, adapters by name, revision. A write therefore never fails because of
+another one, and nothing here is retried behind the caller's back.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVarTuple
+
+from sqlalchemy import Connection, Engine, Select, create_engine, event, literal, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DataError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session
+
+from lorafleet.errors import InvalidInputError, OverloadedError, UnavailableError
+from lorafleet.registry.tables import Base, RevisionRow
+
+BUSY_TIMEOUT_MS = 5000
+_WRITE = "lorafleet_write"
+Columns = TypeVarTuple("Columns")
+
+
+def parse_url(url: str) -> URL:
+    """A URL with a driver that is installed; InvalidInputError for anything but a SQLite file or PostgreSQL."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise InvalidInputError(
+            "the registry's URL cannot be read; expected sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+        ) from None
+    backend = parsed.get_backend_name()
+    if backend == "sqlite":
+        if not parsed.database or ":memory:" in parsed.database or "mode" in parsed.query:
+            raise InvalidInputError(
+                "an in-memory SQLite database is private to one connection; expected sqlite:///FILE"
+            )
+        return parsed.set(drivername="sqlite+pysqlite")
+    if backend == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    raise InvalidInputError(f"found a {backend} URL for the registry, expected sqlite:/// or postgresql://")
+
+
+def make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
+    """An engine whose transactions are the table above; connections to SQLite get their pragmas.
+
+    ``foreign_keys=False`` is for migrations: SQLite alters a table by building another one and renaming it, and a
+    pragma cannot change within a transaction.
+    """
+    if url.get_backend_name() != "sqlite":
+        return create_engine(url, pool_pre_ping=True)
+    assert url.database is not None
+    try:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnavailableError(
+            f"the folder of the registry's database {url.database} cannot be made ({error}); choose another"
+        ) from error
+    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+
+    @event.listens_for(engine, "connect")
+    def set_pragmas(connection: sqlite3.Connection, _record: object) -> None:
+        connection.isolation_level = None  # the driver opens no transaction by itself; `begin` below does
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A transaction that reads first and writes later would fail at the upgrade when another one wrote in between.
+        writes = connection.get_execution_options().get(_WRITE, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def for_writing(engine: Engine) -> Engine:
+    """The same pool, with transactions that write."""
+    return engine.execution_options(**{_WRITE: True})
+
+
+def for_reading(engine: Engine) -> Engine:
+    """The same pool, with transactions that see one snapshot and cannot write."""
+    if engine.dialect.name == "sqlite":
+        return engine
+    return engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """The driver's errors in the package's terms; anything unexpected passes as it is."""
+    try:
+        yield
+    except PoolTimeoutError:
+        raise OverloadedError("all of the registry's database connections are in use; call again later") from None
+    except (OperationalError, InterfaceError) as error:
+        raise UnavailableError(
+            f"the registry's database did not take the transaction ({error.orig}); nothing was changed unless the "
+            "connection broke while committing; call again"
+        ) from error
+    except DataError as error:
+        raise InvalidInputError(f"the registry's database cannot hold a value as given ({error.orig})") from error
+
+
+class Database:
+    """Reading and writing transactions on one database."""
+
+    def __init__(self, url: URL) -> None:
+        self._engine = make_engine(url)
+        self._reading, self._writing = for_reading(self._engine), for_writing(self._engine)
+        # SQLite's own waiting is polling, and unfair: threads of one process queue here instead.
+        self._turn: AbstractContextManager[object] = (
+            threading.Lock() if self._engine.dialect.name == "sqlite" else nullcontext()
+        )
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A transaction on one snapshot."""
+        with translated_errors(), Session(self._reading) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction that is committed at the end of the block, and rolled back whole where it raises."""
+        with self._turn, translated_errors(), Session(self._writing) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+
+def locked(statement: Select[*Columns], of: type[Base]) -> Select[*Columns]:
+    """Lock the rows of one table until the transaction ends (on SQLite the whole database is locked already).
+
+    ``FOR NO KEY UPDATE`` excludes every other locker but not the foreign-key checks of rows that point here. What the
+    session read before it had the lock is replaced by what is there now.
+    """
+    return statement.with_for_update(key_share=True, of=of).execution_options(populate_existing=True)
+
+
+def insert_if_absent(session: Session, row: type[Base], **values: Any) -> bool:
+    """Insert a row unless a unique constraint already has it; says whether it was inserted.
+
+    On PostgreSQL this waits for a transaction that is inserting the same key, and the next statement sees its row.
+    """
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    statement = insert(row).values(**values).on_conflict_do_nothing().returning(literal(1))
+    return session.execute(statement).first() is not None
+
+
+def bump_revision(session: Session) -> None:
+    """Tell watchers that something changed. Last in its transaction: every writer waits on this one row."""
+    session.flush()
+    session.execute(update(RevisionRow).values(value=RevisionRow.value + 1))

@@ -1,0 +1,166 @@
+"""What the registry gives back and takes: frozen values, never rows of a session.
+
+Times are seconds since the epoch, from the registry's clock. A digest is ``sha256:`` and 64 hex digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from lorafleet.adapters import LoraAdapter
+
+VersionState = Literal["staged", "evaluated", "quarantined", "retired"]
+RoundState = Literal["open", "committed", "abandoned"]
+
+CHAMPION = "champion"
+"""The alias that a reference without a suffix follows."""
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """An organisation; ``weight`` is its fair share relative to other tenants."""
+
+    id: int
+    name: str
+    weight: float
+    created_at: float
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen model that adapters share; the digest identifies it, the name is for people."""
+
+    id: int
+    name: str
+    digest: str
+    architecture: str
+    parameters: int
+    licence: str
+    created_at: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A name under which versions are kept; ``federation`` is the name of the one that made it, or None."""
+
+    id: int
+    tenant: str
+    name: str
+    base: str
+    base_digest: str
+    federation: str | None
+    created_at: float
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a version comes from: federation and round, the rule that made it, the digests that it was made of."""
+
+    federation: str
+    round: int
+    rule: str
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Version:
+    """An immutable numbered state of an adapter; only ``state`` ever changes, and a new record says so."""
+
+    id: int
+    tenant: str
+    adapter: str
+    number: int
+    digest: str
+    base_digest: str
+    rank: int
+    parameters: int
+    state: VersionState
+    created_at: float
+    lineage: Lineage | None = None
+    licence: str = ""
+
+    @property
+    def reference(self) -> str:
+        """``tenant/adapter:3``: names this version whatever the aliases do."""
+        return f"{self.tenant}/{self.adapter}:{self.number}"
+
+
+@dataclass(frozen=True)
+class Federation:
+    """A standing agreement owned by a tenant; ``settings`` is a JSON object that the coordinator understands."""
+
+    id: int
+    tenant: str
+    name: str
+    base: str
+    base_digest: str
+    settings: Mapping[str, Any] = field(hash=False)
+    created_at: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """A data owner in a federation, known by its registered key."""
+
+    id: int
+    federation_id: int
+    key: str
+    tenant: str
+    joined_at: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One cycle of a federation; ``reason`` is set where it was abandoned, ``report`` where it was committed."""
+
+    id: int
+    federation_id: int
+    number: int
+    state: RoundState
+    opened_at: float
+    closed_at: float | None
+    report: Mapping[str, Any] = field(hash=False)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """One member's reply in one round, as the journal keeps it.
+
+    ``factors`` is given when recording and always None when read back: :meth:`Registry.update_factors` loads them. An
+    accepted update needs them; a rejected one may have none, and then no digest ("") either.
+    """
+
+    member: str
+    attempt: int
+    accepted: bool
+    reason: str
+    digest: str
+    num_examples: int
+    rank: int
+    size_bytes: int
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)
+    factors: LoraAdapter | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class NewExpert:
+    """An adapter that a round made; ``parents`` are the digests of the updates and experts that it was made of."""
+
+    name: str
+    weights: LoraAdapter = field(compare=False, repr=False)
+    rule: str
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one member measured for a version: ``loss`` in nats per token over ``tokens`` held-out tokens."""
+
+    member: str
+    loss: float
+    tokens: int
+    created_at: float

@@ -1,0 +1,274 @@
+"""The registry: every version of every adapter, where it came from, who may use it, what points at it.
+
+Each method is one transaction. Weights go to the blob store before the transaction that names them: a crash in between
+leaves a blob that nobody names, never a version without weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sqlalchemy import select
+
+from lorafleet.adapters import LoraAdapter
+from lorafleet.registry import catalog, evaluations, federations, rounds, schema, versions
+from lorafleet.registry.blobs import BlobStore
+from lorafleet.registry.database import Database, bump_revision, parse_url
+from lorafleet.registry.records import (
+    Adapter,
+    Base,
+    Evaluation,
+    Federation,
+    Lineage,
+    Member,
+    NewExpert,
+    Round,
+    Tenant,
+    UpdateRecord,
+    Version,
+    VersionState,
+)
+from lorafleet.registry.references import not_found, parse_reference
+from lorafleet.registry.tables import RevisionRow
+
+
+class Registry:
+    """One database and one blob folder; safe to share among threads, and among processes that open the same two.
+
+    Names follow ``[A-Za-z0-9][A-Za-z0-9._-]{0,99}``. What is missing and what is another tenant's raise the same
+    NotFoundError. A database that does not answer raises UnavailableError, and the call can be repeated.
+    """
+
+    def __init__(self, database: Database, blobs: BlobStore, clock: Callable[[], float]) -> None:
+        self._database, self._blobs, self._clock = database, blobs, clock
+
+    @classmethod
+    def open(cls, url: str, blobs: str | Path, *, clock: Callable[[], float] = time.time) -> Registry:
+        """Connect to ``sqlite:///FILE`` (created where missing) or ``postgresql://…``, migrated to this version."""
+        store = BlobStore(blobs)
+        schema.upgrade(url)
+        return cls(Database(parse_url(url)), store, clock)
+
+    def close(self) -> None:
+        self._database.close()
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    # Tenants, bases, adapters
+
+    def create_tenant(self, name: str, *, weight: float = 1.0) -> Tenant:
+        """A new tenant; ``weight`` is its fair share. AlreadyExistsError where the name is taken."""
+        with self._database.write() as session:
+            return catalog.create_tenant(session, name, weight, self._clock())
+
+    def tenant(self, name: str) -> Tenant:
+        with self._database.read() as session:
+            return catalog.tenant(session, name)
+
+    def tenants(self) -> list[Tenant]:
+        """By name."""
+        with self._database.read() as session:
+            return catalog.tenants(session)
+
+    def register_base(self, name: str, digest: str, *, architecture: str, parameters: int, licence: str = "") -> Base:
+        """Name a base. Idempotent; AlreadyExistsError where the name stands for another digest."""
+        with self._database.write() as session:
+            return catalog.register_base(session, name, digest, architecture, parameters, licence, self._clock())
+
+    def base(self, name_or_digest: str) -> Base:
+        with self._database.read() as session:
+            return catalog.base(session, name_or_digest)
+
+    def create_adapter(self, tenant: str, name: str, *, base: str) -> Adapter:
+        """A new adapter without versions on a registered base (name or digest)."""
+        with self._database.write() as session:
+            return catalog.create_adapter(session, tenant, name, base, self._clock())
+
+    def adapter(self, tenant: str, name: str) -> Adapter:
+        with self._database.read() as session:
+            return catalog.adapter(session, tenant, name)
+
+    def adapters(self, tenant: str) -> list[Adapter]:
+        """What a tenant owns, by name."""
+        with self._database.read() as session:
+            return catalog.adapters(session, tenant)
+
+    # Versions and aliases
+
+    def add_version(
+        self,
+        tenant: str,
+        adapter: str,
+        weights: LoraAdapter,
+        *,
+        lineage: Lineage | None = None,
+        licence: str = "",
+        state: VersionState = "staged",
+    ) -> Version:
+        """Store weights under the adapter's next number; numbers are contiguous from 1, whoever adds at once.
+
+        InvalidInputError where the weights are damaged or change nothing, BaseMismatchError where they name another
+        base.
+        """
+        versions.check_state(state)
+        target = self.adapter(tenant, adapter)
+        versions.check_weights(weights, base_digest=target.base_digest, what=f"adapter {tenant}/{adapter}")
+        self._blobs.put(weights)
+        with self._database.write() as session:
+            version = versions.add(
+                session, target, weights, now=self._clock(), state=state, licence=licence, lineage=lineage
+            )
+            bump_revision(session)
+            return version
+
+    def versions(self, tenant: str, adapter: str) -> list[Version]:
+        """All of an adapter's, in any state, by number."""
+        with self._database.read() as session:
+            return versions.of_adapter(session, catalog.adapter(session, tenant, adapter))
+
+    def set_state(self, version: Version, state: VersionState) -> Version:
+        with self._database.write() as session:
+            changed = versions.set_state(session, version, state)
+            bump_revision(session)
+            return changed
+
+    def set_alias(self, tenant: str, adapter: str, alias: str, number: int) -> None:
+        """Point an alias at a version that is staged or evaluated; it is created where it is new."""
+        with self._database.write() as session:
+            versions.set_alias(session, catalog.adapter(session, tenant, adapter), alias, number, self._clock())
+            bump_revision(session)
+
+    def aliases(self, tenant: str, adapter: str) -> dict[str, int]:
+        """Alias → version number."""
+        with self._database.read() as session:
+            return versions.aliases(session, catalog.adapter(session, tenant, adapter))
+
+    def resolve(self, reference: str) -> Version:
+        """The version that a reference names (:mod:`lorafleet.registry.versions` has the table)."""
+        with self._database.read() as session:
+            return versions.resolve(session, parse_reference(reference))
+
+    def load(self, version: Version) -> LoraAdapter:
+        """A version's weights, verified against its digest, with the base's digest as their ``base``."""
+        weights = self._blobs.read(version.digest)
+        return LoraAdapter(weights.modules, version.base_digest)
+
+    def path(self, version: Version) -> Path:
+        """The folder of a version's weights in PEFT format, verified; not to be changed, as others may share it."""
+        self._blobs.read(version.digest)
+        return self._blobs.path(version.digest)
+
+    def live(self, tenant: str) -> list[Version]:
+        """What a tenant may use: for each adapter of its own, and of a federation that it is a member of, the version
+        that the bare reference gives. By reference."""
+        with self._database.read() as session:
+            return versions.live(session, catalog.tenant(session, tenant).id)
+
+    def all_live(self) -> list[Version]:
+        """What all tenants together may use: what a service keeps loaded."""
+        with self._database.read() as session:
+            return versions.live(session, None)
+
+    def revision(self) -> int:
+        """Grows with every change of versions, aliases, states and members; equal numbers mean nothing changed."""
+        with self._database.read() as session:
+            return session.scalars(select(RevisionRow.value)).one()
+
+    # Federations, rounds, the journal
+
+    def create_federation(self, tenant: str, name: str, *, base: str, settings: Mapping[str, Any]) -> Federation:
+        """A new federation owned by a tenant; ``settings`` has to be a JSON object."""
+        with self._database.write() as session:
+            return federations.create(session, tenant, name, base, settings, self._clock())
+
+    def federation(self, tenant: str, name: str) -> Federation:
+        with self._database.read() as session:
+            return federations.get(session, tenant, name)
+
+    def add_member(self, federation: Federation, key: str, *, tenant: str) -> Member:
+        """Admit a data owner; from now on its tenant may use the federation's experts. Idempotent."""
+        with self._database.write() as session:
+            member = federations.add_member(session, federation, key, tenant, self._clock())
+            bump_revision(session)
+            return member
+
+    def members(self, federation: Federation) -> list[Member]:
+        """By key."""
+        with self._database.read() as session:
+            return federations.members(session, federation)
+
+    def open_round(self, federation: Federation, number: int) -> Round:
+        """Open round ``number``, or give it back as it is; numbers are contiguous from 1."""
+        with self._database.write() as session:
+            return rounds.open_round(session, federation, number, self._clock())
+
+    def rounds(self, federation: Federation) -> list[Round]:
+        """By number."""
+        with self._database.read() as session:
+            return rounds.rounds(session, federation)
+
+    def record_update(self, round: Round, update: UpdateRecord) -> bool:
+        """Write an update and its factors to the journal; when this returns, both survive a crash.
+
+        False where the journal has this (member, attempt) already, or another accepted update of this member: the
+        first one stays and counts. RejectedUpdateError with the reason ``round_closed`` where the round takes no more.
+        """
+        rounds.check_update(update)
+        if update.factors is not None:
+            self._blobs.put(update.factors)
+        with self._database.write() as session:
+            return rounds.record_update(session, round, update, self._clock())
+
+    def updates(self, round: Round, *, accepted_only: bool = True) -> list[UpdateRecord]:
+        """The journal of a round in the order of member keys, without factors; at most one accepted a member."""
+        with self._database.read() as session:
+            return rounds.updates(session, round, accepted_only=accepted_only)
+
+    def update_factors(self, update: UpdateRecord) -> LoraAdapter:
+        """The factors of a journalled update, verified; NotFoundError where it came without any."""
+        if not update.digest:
+            raise not_found(f"factors of member {update.member!r}, attempt {update.attempt},")
+        return self._blobs.read(update.digest)
+
+    def commit_round(self, round: Round, experts: Sequence[NewExpert], *, report: Mapping[str, Any]) -> list[Version]:
+        """Publish a round in one transaction, and give its versions in the order of ``experts``.
+
+        Adapters are created where they are missing, versions added, champions moved, and the round closed: all of it,
+        or nothing. A round that is committed already gives what it committed, whoever asks again. An adapter of that
+        name which the federation did not make raises AlreadyExistsError; an abandoned round InvalidInputError.
+        """
+        with self._database.read() as session:
+            federation = rounds.federation_of(session, round)
+        rounds.check_experts(federation, experts)
+        for expert in experts:
+            self._blobs.put(expert.weights)
+        with self._database.write() as session:
+            made, committed = rounds.commit(session, round, experts, report, self._clock())
+            if committed:
+                bump_revision(session)
+            return made
+
+    def abandon_round(self, round: Round, reason: str) -> None:
+        """Close a round without a result. Idempotent; InvalidInputError where it is committed."""
+        with self._database.write() as session:
+            rounds.abandon(session, round, reason, self._clock())
+
+    # Evaluations
+
+    def record_evaluation(self, version: Version, *, member: str, loss: float, tokens: int) -> None:
+        """What a member measured: nats per token over so many held-out tokens; its next one replaces it."""
+        with self._database.write() as session:
+            evaluations.record(session, version, member, loss, tokens, self._clock())
+
+    def evaluations(self, version: Version) -> list[Evaluation]:
+        """By member."""
+        with self._database.read() as session:
+            return evaluations.of_version(session, version)

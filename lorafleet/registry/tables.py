@@ -1,0 +1,248 @@
+"""The registry's tables, typed.
+
+Every owned row carries its tenant, and composite foreign keys keep it the tenant of the row's parent: a version cannot
+belong to another tenant than its adapter, an alias cannot name a version of another adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+NAMING_CONVENTION = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+# SQLite numbers rows by itself only in a column declared exactly INTEGER, which is 64 bits wide there.
+WideInteger = BigInteger().with_variant(Integer(), "sqlite")
+JsonDocument = JSON().with_variant(JSONB(), "postgresql")
+
+Id = Annotated[int, mapped_column(WideInteger, primary_key=True)]
+Wide = Annotated[int, mapped_column(WideInteger)]
+Name = Annotated[str, mapped_column(String(100))]
+Digest = Annotated[str, mapped_column(String(71))]
+Words = Annotated[str, mapped_column(Text)]
+Seconds = Annotated[float, mapped_column(Double)]
+Document = Annotated[dict[str, Any], mapped_column(JsonDocument)]
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(naming_convention=NAMING_CONVENTION)
+
+
+class TenantRow(Base):
+    __tablename__ = "tenants"
+    __table_args__ = (UniqueConstraint("name"), CheckConstraint("weight > 0", name="weight"))
+
+    id: Mapped[Id]
+    name: Mapped[Name]
+    weight: Mapped[Seconds]
+    created_at: Mapped[Seconds]
+
+
+class BaseRow(Base):
+    """A base model. Two names may share a digest; the digest is what counts."""
+
+    __tablename__ = "bases"
+    __table_args__ = (UniqueConstraint("name"), Index(None, "digest"))
+
+    id: Mapped[Id]
+    name: Mapped[str] = mapped_column(String(300))
+    digest: Mapped[Digest]
+    architecture: Mapped[Words]
+    parameters: Mapped[Wide]
+    licence: Mapped[Words]
+    created_at: Mapped[Seconds]
+
+
+class FederationRow(Base):
+    __tablename__ = "federations"
+    __table_args__ = (UniqueConstraint("tenant_id", "name"), UniqueConstraint("id", "tenant_id"))
+
+    id: Mapped[Id]
+    tenant_id: Mapped[Wide] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[Name]
+    base_id: Mapped[Wide] = mapped_column(ForeignKey("bases.id"))
+    settings: Mapped[Document]
+    created_at: Mapped[Seconds]
+
+
+class AdapterRow(Base):
+    """``federation_id`` says which federation made it; such an adapter is granted to that federation's members."""
+
+    __tablename__ = "adapters"
+    __table_args__ = (
+        UniqueConstraint("tenant_id", "name"),
+        UniqueConstraint("id", "tenant_id"),
+        ForeignKeyConstraint(["federation_id", "tenant_id"], ["federations.id", "federations.tenant_id"]),
+        Index(None, "federation_id"),
+    )
+
+    id: Mapped[Id]
+    tenant_id: Mapped[Wide] = mapped_column(ForeignKey("tenants.id"))
+    name: Mapped[Name]
+    base_id: Mapped[Wide] = mapped_column(ForeignKey("bases.id"))
+    federation_id: Mapped[int | None] = mapped_column(WideInteger)
+    created_at: Mapped[Seconds]
+
+
+class RoundRow(Base):
+    __tablename__ = "rounds"
+    __table_args__ = (
+        UniqueConstraint("federation_id", "number"),
+        UniqueConstraint("id", "federation_id"),
+        UniqueConstraint("id", "tenant_id"),
+        ForeignKeyConstraint(["federation_id", "tenant_id"], ["federations.id", "federations.tenant_id"]),
+        CheckConstraint("number >= 1", name="number"),
+        CheckConstraint("state IN ('open', 'committed', 'abandoned')", name="state"),
+        CheckConstraint("(state = 'open') = (closed_at IS NULL)", name="closed"),
+    )
+
+    id: Mapped[Id]
+    tenant_id: Mapped[Wide]
+    federation_id: Mapped[Wide]
+    number: Mapped[int]
+    state: Mapped[str] = mapped_column(String(20))
+    opened_at: Mapped[Seconds]
+    closed_at: Mapped[float | None] = mapped_column(Double)
+    reason: Mapped[Words]
+    report: Mapped[Document]
+
+
+class VersionRow(Base):
+    """``round_id`` is set by a round's commit only; ``lineage`` is what the record says, also of imported versions."""
+
+    __tablename__ = "versions"
+    __table_args__ = (
+        UniqueConstraint("adapter_id", "number"),
+        UniqueConstraint("id", "tenant_id"),
+        ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"]),
+        ForeignKeyConstraint(["round_id", "tenant_id"], ["rounds.id", "rounds.tenant_id"]),
+        CheckConstraint("number >= 1", name="number"),
+        CheckConstraint("state IN ('staged', 'evaluated', 'quarantined', 'retired')", name="state"),
+        Index(None, "round_id"),
+    )
+
+    id: Mapped[Id]
+    tenant_id: Mapped[Wide]
+    adapter_id: Mapped[Wide]
+    number: Mapped[int]
+    digest: Mapped[Digest]
+    rank: Mapped[int]
+    parameters: Mapped[Wide]
+    state: Mapped[str] = mapped_column(String(20))
+    licence: Mapped[Words]
+    lineage: Mapped[dict[str, Any] | None] = mapped_column(
+        JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+    )
+    round_id: Mapped[int | None] = mapped_column(WideInteger)
+    created_at: Mapped[Seconds]
+
+
+class AliasRow(Base):
+    __tablename__ = "aliases"
+    __table_args__ = (
+        ForeignKeyConstraint(["adapter_id", "tenant_id"], ["adapters.id", "adapters.tenant_id"]),
+        ForeignKeyConstraint(["adapter_id", "number"], ["versions.adapter_id", "versions.number"]),
+    )
+
+    adapter_id: Mapped[int] = mapped_column(WideInteger, primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    tenant_id: Mapped[Wide]
+    number: Mapped[int]
+    moved_at: Mapped[Seconds]
+
+
+class MemberRow(Base):
+    """``tenant_id`` is the member's own tenant, not the federation's owner."""
+
+    __tablename__ = "members"
+    __table_args__ = (UniqueConstraint("federation_id", "key"), Index(None, "tenant_id"))
+
+    id: Mapped[Id]
+    federation_id: Mapped[Wide] = mapped_column(ForeignKey("federations.id"))
+    tenant_id: Mapped[Wide] = mapped_column(ForeignKey("tenants.id"))
+    key: Mapped[str] = mapped_column(String(500))
+    joined_at: Mapped[Seconds]
+
+
+class UpdateRow(Base):
+    """The journal. The partial index lets one accepted update of a member count in a round, whatever was resent."""
+
+    __tablename__ = "updates"
+    __table_args__ = (
+        UniqueConstraint("round_id", "member_key", "attempt"),
+        Index(
+            "uq_updates_round_id_member_key_accepted",
+            "round_id",
+            "member_key",
+            unique=True,
+            sqlite_where=text("accepted"),
+            postgresql_where=text("accepted"),
+        ),
+        ForeignKeyConstraint(["round_id", "tenant_id"], ["rounds.id", "rounds.tenant_id"]),
+        ForeignKeyConstraint(["round_id", "federation_id"], ["rounds.id", "rounds.federation_id"]),
+        ForeignKeyConstraint(["federation_id", "member_key"], ["members.federation_id", "members.key"]),
+    )
+
+    id: Mapped[Id]
+    tenant_id: Mapped[Wide]
+    federation_id: Mapped[Wide]
+    round_id: Mapped[Wide]
+    member_key: Mapped[str] = mapped_column(String(500))
+    attempt: Mapped[int]
+    accepted: Mapped[bool]
+    reason: Mapped[Words]
+    digest: Mapped[Digest]
+    num_examples: Mapped[Wide]
+    rank: Mapped[int]
+    size_bytes: Mapped[Wide]
+    metrics: Mapped[Document]
+    recorded_at: Mapped[Seconds]
+
+
+class EvaluationRow(Base):
+    __tablename__ = "evaluations"
+    __table_args__ = (
+        UniqueConstraint("version_id", "member"),
+        ForeignKeyConstraint(["version_id", "tenant_id"], ["versions.id", "versions.tenant_id"]),
+    )
+
+    id: Mapped[Id]
+    tenant_id: Mapped[Wide]
+    version_id: Mapped[Wide]
+    member: Mapped[str] = mapped_column(String(500))
+    loss: Mapped[Seconds]
+    tokens: Mapped[Wide]
+    created_at: Mapped[Seconds]
+
+
+class RevisionRow(Base):
+    """One row, locked last in a writing transaction: who sees revision n sees all changes up to n."""
+
+    __tablename__ = "revision"
+    __table_args__ = (CheckConstraint("id = 1", name="single"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    value: Mapped[Wide]

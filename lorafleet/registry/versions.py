@@ -1,0 +1,229 @@
+"""Versions, aliases and what a reference means. Functions of a session; :class:`Registry` owns the transaction.
+
+=============  =========================================================================
+reference      gives
+=============  =========================================================================
+``t/a``        the champion, while it is usable; else the newest usable version
+``t/a@x``      what the alias names, unless it is quarantined
+``t/a:n``      version n, unless it is quarantined
+=============  =========================================================================
+
+Usable are staged and evaluated versions. A retired one answers only to who asks for it by alias or number.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast, get_args
+
+from sqlalchemy import ColumnElement, Select, and_, func, or_, select
+from sqlalchemy.orm import Session, aliased
+
+from lorafleet.adapters import LoraAdapter, factor_space
+from lorafleet.adapters.factor_space import LoraPair
+from lorafleet.errors import BaseMismatchError, InvalidInputError
+from lorafleet.registry.database import locked
+from lorafleet.registry.records import CHAMPION, Adapter, Lineage, Version, VersionState
+from lorafleet.registry.references import Reference, check_digest, check_name, not_found
+from lorafleet.registry.tables import AdapterRow, AliasRow, BaseRow, MemberRow, TenantRow, VersionRow
+
+USABLE = ("staged", "evaluated")
+
+
+def check_weights(weights: LoraAdapter, *, base_digest: str, what: str) -> None:
+    """Refuse weights that damage or do nothing (an adapter that loads and changes nothing is a silent failure).
+
+    Factors are finite by construction of a LoraAdapter; here the effect ``‖B A‖`` of every module has to be, and that
+    of one above zero. Weights that name a base by another digest raise BaseMismatchError.
+    """
+    if weights.base.startswith("sha256:") and weights.base != base_digest:
+        raise BaseMismatchError(f"{what}: the weights are for the base {weights.base}, expected {base_digest}")
+    norms = {
+        path: float(factor_space.norm(LoraPair(a.double(), b.double()))) for path, (a, b) in weights.modules.items()
+    }
+    # Beyond float32's range the product that a model adds would be infinite.
+    damaged = [path for path, norm in norms.items() if not norm < 3.4e38]
+    if damaged:
+        raise InvalidInputError(
+            f"{what}: the update of {damaged[0]} is beyond float32's range; the weights are damaged"
+        )
+    if not any(norms.values()):
+        raise InvalidInputError(
+            f"{what}: B A is zero in all {len(norms)} modules, so the adapter would change nothing; train it first"
+        )
+
+
+def add(
+    session: Session,
+    adapter: Adapter,
+    weights: LoraAdapter,
+    *,
+    now: float,
+    state: VersionState = "staged",
+    licence: str = "",
+    lineage: Lineage | None = None,
+    round_id: int | None = None,
+) -> Version:
+    """The next number of an adapter; the row lock on the adapter makes numbers contiguous among writers."""
+    tenant_id = session.scalars(
+        locked(select(AdapterRow.tenant_id).where(AdapterRow.id == adapter.id), AdapterRow)
+    ).one()
+    newest = session.scalar(select(func.max(VersionRow.number)).where(VersionRow.adapter_id == adapter.id))
+    row = VersionRow(
+        tenant_id=tenant_id,
+        adapter_id=adapter.id,
+        number=(newest or 0) + 1,
+        digest=weights.digest,
+        rank=weights.rank,
+        parameters=weights.parameters,
+        state=check_state(state),
+        licence=licence,
+        lineage=None if lineage is None else _lineage_document(lineage),
+        round_id=round_id,
+        created_at=now,
+    )
+    session.add(row)
+    session.flush()
+    return _version(row, adapter.tenant, adapter.name, adapter.base_digest)
+
+
+def of_adapter(session: Session, adapter: Adapter) -> list[Version]:
+    return _all(session, _versions().where(VersionRow.adapter_id == adapter.id).order_by(VersionRow.number))
+
+
+def of_round(session: Session, round_id: int) -> list[Version]:
+    """In the order in which the commit gave them."""
+    return _all(session, _versions().where(VersionRow.round_id == round_id).order_by(VersionRow.id))
+
+
+def set_state(session: Session, version: Version, state: VersionState) -> Version:
+    row = find(session, version)
+    row.state = check_state(state)
+    session.flush()
+    return _version(row, version.tenant, version.adapter, version.base_digest)
+
+
+def find(session: Session, version: Version) -> VersionRow:
+    """The row behind a record, found by all that identifies it; its lock is held until the transaction ends."""
+    statement = (
+        select(VersionRow)
+        .join(AdapterRow, AdapterRow.id == VersionRow.adapter_id)
+        .join(TenantRow, TenantRow.id == VersionRow.tenant_id)
+        .where(VersionRow.id == version.id, VersionRow.number == version.number)
+        .where(AdapterRow.name == version.adapter, TenantRow.name == version.tenant)
+    )
+    row = session.scalar(locked(statement, VersionRow))
+    if row is None:
+        raise not_found(f"version {version.reference}")
+    return row
+
+
+def check_state(state: str) -> str:
+    if state not in get_args(VersionState):
+        raise InvalidInputError(f"found the state {state!r}, expected one of: {', '.join(get_args(VersionState))}")
+    return state
+
+
+def set_alias(session: Session, adapter: Adapter, alias: str, number: int, now: float) -> None:
+    """Move an alias to a usable version, creating it where it is new."""
+    check_name("alias", alias)
+    tenant_id = session.scalars(
+        locked(select(AdapterRow.tenant_id).where(AdapterRow.id == adapter.id), AdapterRow)
+    ).one()
+    # Its lock keeps the version usable until the alias points at it.
+    statement = select(VersionRow).where(VersionRow.adapter_id == adapter.id, VersionRow.number == number)
+    version = session.scalar(locked(statement, VersionRow))
+    if version is None:
+        raise not_found(f"version {adapter.tenant}/{adapter.name}:{number}")
+    if version.state not in USABLE:
+        raise InvalidInputError(
+            f"version {adapter.tenant}/{adapter.name}:{number} is {version.state}, an alias names a version that is "
+            f"{' or '.join(USABLE)}; set its state first, or choose another one"
+        )
+    session.merge(AliasRow(adapter_id=adapter.id, name=alias, tenant_id=tenant_id, number=number, moved_at=now))
+
+
+def aliases(session: Session, adapter: Adapter) -> dict[str, int]:
+    rows = session.scalars(select(AliasRow).where(AliasRow.adapter_id == adapter.id))
+    return dict(sorted((row.name, row.number) for row in rows))
+
+
+def resolve(session: Session, reference: Reference) -> Version:
+    statement = _versions().where(TenantRow.name == reference.tenant, AdapterRow.name == reference.adapter)
+    if reference.number is not None:
+        statement = statement.where(VersionRow.number == reference.number, VersionRow.state != "quarantined")
+    elif reference.alias is not None:
+        statement = statement.join(
+            AliasRow, and_(AliasRow.adapter_id == VersionRow.adapter_id, AliasRow.number == VersionRow.number)
+        ).where(AliasRow.name == reference.alias, VersionRow.state != "quarantined")
+    else:
+        statement = statement.where(_is_current())
+    row = session.execute(statement).one_or_none()
+    if row is None:
+        raise not_found(f"version {reference}")
+    return _version(*row)
+
+
+def live(session: Session, tenant_id: int | None) -> list[Version]:
+    """The current version of each adapter that a tenant owns or that a federation it is a member of made.
+
+    All adapters' for None. In order of tenant and adapter name.
+    """
+    statement = _versions().where(_is_current())
+    if tenant_id is not None:
+        joined = select(MemberRow.federation_id).where(MemberRow.tenant_id == tenant_id)
+        statement = statement.where(or_(AdapterRow.tenant_id == tenant_id, AdapterRow.federation_id.in_(joined)))
+    return sorted(_all(session, statement), key=lambda version: (version.tenant, version.adapter))
+
+
+def _is_current() -> ColumnElement[bool]:
+    """Whether a version is what its adapter's bare reference gives; index look-ups per adapter, no scan of versions."""
+    candidate = aliased(VersionRow)
+    usable = and_(candidate.adapter_id == AdapterRow.id, candidate.state.in_(USABLE))
+    champion = (
+        select(candidate.number)
+        .join(AliasRow, and_(AliasRow.adapter_id == candidate.adapter_id, AliasRow.number == candidate.number))
+        .where(usable, AliasRow.name == CHAMPION)
+        .correlate(AdapterRow)
+        .scalar_subquery()
+    )
+    newest = select(func.max(candidate.number)).where(usable).correlate(AdapterRow).scalar_subquery()
+    return VersionRow.number == func.coalesce(champion, newest)
+
+
+def _versions() -> Select[VersionRow, str, str, str]:
+    return (
+        select(VersionRow, TenantRow.name, AdapterRow.name, BaseRow.digest)
+        .join(AdapterRow, AdapterRow.id == VersionRow.adapter_id)
+        .join(TenantRow, TenantRow.id == AdapterRow.tenant_id)
+        .join(BaseRow, BaseRow.id == AdapterRow.base_id)
+    )
+
+
+def _all(session: Session, statement: Select[VersionRow, str, str, str]) -> list[Version]:
+    return [_version(*row) for row in session.execute(statement)]
+
+
+def _version(row: VersionRow, tenant: str, adapter: str, base_digest: str) -> Version:
+    return Version(
+        row.id,
+        tenant,
+        adapter,
+        row.number,
+        row.digest,
+        base_digest,
+        row.rank,
+        row.parameters,
+        cast(VersionState, row.state),
+        row.created_at,
+        None if row.lineage is None else _lineage(row.lineage),
+        row.licence,
+    )
+
+
+def _lineage_document(lineage: Lineage) -> dict[str, Any]:
+    parents = [check_digest("lineage", parent) for parent in lineage.parents]
+    return {"federation": lineage.federation, "round": lineage.round, "rule": lineage.rule, "parents": parents}
+
+
+def _lineage(document: dict[str, Any]) -> Lineage:
+    return Lineage(document["federation"], document["round"], document["rule"], tuple(document["parents"]))

@@ -1,0 +1,150 @@
+"""Migrations and tables say the same, and a migration happens whole, once, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from alembic.script import ScriptDirectory
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
+
+from lorafleet.errors import InvalidInputError, UnavailableError
+from lorafleet.registry import Registry, schema
+from lorafleet.registry.database import Database, make_engine, parse_url
+from lorafleet.registry.tables import Base
+from tests.registry.conftest import make_adapter
+
+
+def execute(url: str, *statements: str) -> None:
+    engine = make_engine(parse_url(url))
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.execute(text(statement))
+    engine.dispose()
+
+
+def constraints(url: str) -> dict[str, Any]:
+    """Everything that Alembic's comparison passes over, or compares on one database only."""
+    engine = make_engine(parse_url(url))
+    inspector = inspect(engine)
+    found = {
+        table: {
+            "primary": inspector.get_pk_constraint(table)["constrained_columns"],
+            "unique": sorted((u["name"], tuple(u["column_names"])) for u in inspector.get_unique_constraints(table)),
+            "checks": sorted(str(c["name"]) for c in inspector.get_check_constraints(table)),
+            "foreign": sorted(
+                (f["name"], tuple(f["constrained_columns"]), f["referred_table"], tuple(f["referred_columns"]))
+                for f in inspector.get_foreign_keys(table)
+            ),
+            "indexes": sorted(
+                (i["name"], tuple(i["column_names"]), bool(i["unique"]), bool(i.get("dialect_options")))
+                for i in inspector.get_indexes(table)
+                if not i.get("duplicates_constraint")
+            ),
+        }
+        for table in sorted(inspector.get_table_names())
+        if table != "alembic_version"
+    }
+    engine.dispose()
+    return found
+
+
+def test_migrations_lead_to_the_tables_of_the_models(url: str) -> None:
+    schema.upgrade(url)
+    assert schema.check(url) == []
+    migrated = constraints(url)
+    engine = make_engine(parse_url(url))
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    engine.dispose()
+    assert migrated == constraints(url)
+    assert set(migrated) == set(Base.metadata.tables)
+    assert any("ck_" in name for table in migrated.values() for name in table["checks"])
+
+
+def test_upgrading_again_changes_nothing(url: str) -> None:
+    head = schema.upgrade(url)
+    assert schema.upgrade(url) == head
+    assert head == ScriptDirectory.from_config(schema.migrations_config()).get_current_head()
+
+
+def test_check_names_what_differs(url: str) -> None:
+    schema.upgrade(url)
+    execute(url, "ALTER TABLE tenants ADD COLUMN extra INTEGER", "UPDATE alembic_version SET version_num = '0000'")
+    revision, tables = schema.check(url)
+    assert "found 0000, expected 0001" in revision
+    assert "extra" in tables
+
+
+def test_check_of_a_database_that_is_not_there_does_not_make_one(folder: Path) -> None:
+    [line] = schema.check(f"sqlite:///{folder / 'none.db'}")
+    assert "no database" in line
+    assert list(folder.iterdir()) == []
+
+
+def test_database_of_a_newer_version_is_refused(url: str, folder: Path) -> None:
+    schema.upgrade(url)
+    execute(url, "UPDATE alembic_version SET version_num = 'from-the-future'")
+    with pytest.raises(UnavailableError, match="newer lorafleet"):
+        Registry.open(url, folder)
+
+
+def test_migration_that_dies_at_its_end_leaves_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    upgrade = command.upgrade
+
+    def upgrade_and_die(*args: Any) -> None:
+        upgrade(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "upgrade", upgrade_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            schema.upgrade(url)
+    engine = make_engine(parse_url(url))
+    assert inspect(engine).get_table_names() == []
+    engine.dispose()
+    schema.upgrade(url)
+    assert schema.check(url) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE versions SET tenant_id = (SELECT id FROM tenants WHERE name = 'rival')",
+        "UPDATE aliases SET number = 2",
+        "UPDATE versions SET state = 'live'",
+        "UPDATE versions SET number = 0",
+        "DELETE FROM tenants WHERE name = 'acme'",
+        "UPDATE revision SET id = 2",
+    ],
+)
+def test_database_itself_refuses_rows_that_break_the_model(registry: Registry, url: str, statement: str) -> None:
+    registry.create_adapter("acme", "sql", base="tiny")
+    registry.add_version("acme", "sql", make_adapter(0))
+    registry.set_alias("acme", "sql", "champion", 1)
+    with pytest.raises(IntegrityError):
+        execute(url, statement)
+    assert registry.resolve("acme/sql@champion").number == 1
+
+
+def test_sqlite_is_durable_and_checks_foreign_keys(folder: Path) -> None:
+    database = Database(parse_url(f"sqlite:///{folder / 'registry.db'}"))
+    with database.read() as session:
+        found = {
+            name: session.execute(text(f"PRAGMA {name}")).scalar_one()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    database.close()
+    assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 5000}
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["sqlite://", "sqlite:///:memory:", "mysql://u@h/d", "registry.db", "", "sqlite:///file:x?mode=memory&uri=true"],
+)
+def test_urls_that_cannot_keep_a_registry_are_refused(url: str, folder: Path) -> None:
+    with pytest.raises(InvalidInputError, match="sqlite:///"):
+        Registry.open(url, folder)

@@ -1,0 +1,376 @@
+"""The engine: requests in, tokens out, one base model, many mixtures in the same batch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from lorafleet.adapters import LoraAdapter
+from lorafleet.engine.kv_cache import KvCache
+from lorafleet.engine.mixture_linear import MixtureContext
+from lorafleet.engine.model import LoadedBase, as_device, as_dtype, load_base
+from lorafleet.engine.request import FinishReason, Generation, Request
+from lorafleet.engine.residency import Residency
+from lorafleet.engine.runner import ModelRunner, Outcome
+from lorafleet.engine.sampling import SamplingParams
+from lorafleet.engine.scheduler import ScheduledRun, Scheduler
+from lorafleet.engine.ticket import Ticket
+from lorafleet.errors import InvalidInputError
+from lorafleet.kernels import Bank, mixture_path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was loaded, and gauges of this moment."""
+
+    requests_running: int
+    requests_waiting: int
+    requests_finished_total: int
+    """ended with a result, cancelled ones too"""
+    requests_failed_total: int
+    prompt_tokens_total: int
+    """prompt tokens computed"""
+    generated_tokens_total: int
+    steps_total: int
+    adapter_packings_total: int
+    """how often the active adapters' rows were copied together"""
+    adapters_loaded: int
+
+
+class Engine:
+    """Serves requests for mixtures of LoRA adapters over one base. Every public method may be called from any thread.
+
+    ``start`` runs a stepping thread. Without it, ``generate`` and waiting on a ticket step in the caller's thread.
+    """
+
+    def __init__(
+        self,
+        base: LoadedBase,
+        *,
+        context: MixtureContext,
+        device: torch.device,
+        max_sequences: int,
+        max_batch_tokens: int,
+    ) -> None:
+        """Use :meth:`load`."""
+        self._base = base
+        cache = KvCache(
+            layers=base.layers,
+            kv_heads=base.kv_heads,
+            head_dim=base.head_dim,
+            slots=max_sequences,
+            max_tokens=base.context_tokens,
+            device=device,
+            dtype=base.dtype,
+        )
+        self._residency = Residency(base, Bank(base.groups, device=device))
+        self._runner = ModelRunner(base, cache=cache, residency=self._residency, context=context, device=device)
+        self._scheduler = Scheduler(cache, max_batch_tokens=max_batch_tokens)
+        self._tickets: dict[Request, Ticket] = {}
+        self._cancelled: set[Ticket] = set()
+        self._finished_total = self._failed_total = 0
+        self._prompt_tokens_total = self._generated_tokens_total = self._steps_total = 0
+        # _lock guards all of the above but the runner; _step_lock makes steps one at a time. Order: step, then lock.
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._step_lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    @classmethod
+    def load(
+        cls,
+        base: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "bfloat16",
+        max_sequences: int = 64,
+        max_batch_tokens: int = 1024,
+    ) -> Engine:
+        """Load a base (the name of a shipped one, or a folder in HF format).
+
+        ``max_sequences`` run at a time, others wait; a step computes at most ``max_batch_tokens`` tokens. Raises
+        NotFoundError where the base is missing, InvalidInputError where it is not supported.
+        """
+        if not 1 <= max_sequences <= max_batch_tokens:
+            raise InvalidInputError(
+                f"found max_sequences {max_sequences} and max_batch_tokens {max_batch_tokens}, expected at least one "
+                "sequence and at least as many tokens as sequences, so that all of them can go on in every step"
+            )
+        on, as_type = as_device(device), as_dtype(dtype)
+        context = MixtureContext(mixture_path())
+        loaded = load_base(base, device=on, dtype=as_type, context=context)
+        return cls(loaded, context=context, device=on, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens)
+
+    @property
+    def base_digest(self) -> str:
+        return self._base.digest
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's transformers tokenizer."""
+        return self._base.tokenizer
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest prompt; a generated token sees at most this many tokens."""
+        return self._base.context_tokens
+
+    def add_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> str:
+        """Load an adapter (or a folder in PEFT format) under a name; returns its digest.
+
+        A name that is taken then means the new version; requests in flight finish on the one that they started with.
+        Raises BaseMismatchError where it does not belong to this base, AdapterFormatError for a folder that is not
+        understood.
+        """
+        return self._residency.add(name, adapter if isinstance(adapter, LoraAdapter) else LoraAdapter.load(adapter))
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget a name (NotFoundError if there is none); requests in flight keep their weights until they end."""
+        self._residency.remove(name)
+
+    def adapters(self) -> dict[str, str]:
+        """Name → digest of what is loaded."""
+        return self._residency.adapters()
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        mix: Mapping[str, float] | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> Ticket:
+        """Queue a request. A text is encoded with the end-of-text token before it, as documents were in training.
+
+        Raises InvalidInputError for a prompt that is empty, longer than the context or holds unknown ids, or for a
+        weight out of range; NotFoundError for an adapter that is not loaded.
+        """
+        sampling = sampling or SamplingParams()
+        tokens = self._encode(prompt)
+        request = Request(
+            tokens,
+            mix=self._residency.acquire(mix),
+            sampling=sampling,
+            max_new=min(sampling.max_tokens, self.context_tokens - len(tokens) + 1),
+            decode=self._base.decode,
+        )
+        ticket = Ticket(advance=self._advance, cancel=self._cancel)
+        with self._lock:
+            self._tickets[request] = ticket
+            if request.pending > 0:
+                self._scheduler.add(request)
+                self._work.notify()
+        if request.pending == 0:  # one token to score, and no token before it
+            self._finish(request, "length")
+        return ticket
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        mixes: Sequence[Mapping[str, float] | None] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Generation]:
+        """Run requests together and wait for all; results in the order of the prompts.
+
+        ``mixes``: one for each prompt, None for the bare base. Where any of them is refused or fails, its error is
+        raised and the others are cancelled.
+        """
+        if isinstance(prompts, str):
+            raise InvalidInputError("found one text as prompts, expected a list of prompts")
+        each_mix = [None] * len(prompts) if mixes is None else list(mixes)
+        each_sampling = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
+        for name, values in (("mixes", each_mix), ("sampling", each_sampling)):
+            if len(values) != len(prompts):
+                raise InvalidInputError(f"found {len(values)} {name} for {len(prompts)} prompts, expected one for each")
+        tickets: list[Ticket] = []
+        try:
+            for prompt, mix, params in zip(prompts, each_mix, each_sampling, strict=True):
+                tickets.append(self.submit(prompt, mix=mix, sampling=params))
+            return [ticket.result() for ticket in tickets]
+        except BaseException:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+
+    def start(self) -> None:
+        """Run the stepping thread; does nothing where it runs already."""
+        with self._lock:
+            if self._thread is None:
+                self._stopping = False
+                self._thread = threading.Thread(target=self._run, name="lorafleet-engine", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        """End the stepping thread after the step that runs, and cancel every request that is not done."""
+        with self._lock:
+            thread, self._stopping = self._thread, True
+            self._work.notify_all()
+        if thread is not None:
+            thread.join()
+        with self._step_lock:
+            with self._lock:
+                self._thread = None
+                left = self._scheduler.requests()
+            for request in left:
+                self._finish(request, "cancelled")
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stats(self) -> EngineStats:
+        with self._lock:
+            return EngineStats(
+                requests_running=self._scheduler.running,
+                requests_waiting=self._scheduler.waiting,
+                requests_finished_total=self._finished_total,
+                requests_failed_total=self._failed_total,
+                prompt_tokens_total=self._prompt_tokens_total,
+                generated_tokens_total=self._generated_tokens_total,
+                steps_total=self._steps_total,
+                adapter_packings_total=self._residency.packings_total,
+                adapters_loaded=len(self._residency.adapters()),
+            )
+
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            tokenizer = self._base.tokenizer
+            text: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            if not prompt:
+                raise InvalidInputError("the prompt is empty, expected at least one character")
+            tokens = [tokenizer.eos_token_id, *text]
+        else:
+            tokens = list(prompt)
+            if not tokens:
+                raise InvalidInputError("the prompt is empty, expected at least one token")
+            for token in tokens:
+                if not isinstance(token, int) or not 0 <= token < self._base.vocabulary:
+                    raise InvalidInputError(
+                        f"the prompt holds {token!r}, expected token ids from 0 to {self._base.vocabulary - 1}"
+                    )
+        if len(tokens) > self.context_tokens:
+            raise InvalidInputError(
+                f"the prompt has {len(tokens)} tokens, this base's context holds {self.context_tokens}; shorten it"
+            )
+        return tokens
+
+    def _cancel(self, ticket: Ticket) -> None:
+        with self._lock:
+            if not ticket.done:
+                self._cancelled.add(ticket)
+                self._work.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._work.wait_for(
+                    lambda: self._stopping or self._scheduler.running or self._scheduler.waiting or self._cancelled
+                )
+                if self._stopping:
+                    return
+            with self._step_lock:
+                try:
+                    self._step()
+                except Exception as error:  # outside any one request: a fault of the engine's own
+                    logger.exception("a step failed; every request that was in the engine fails with it")
+                    with self._lock:
+                        left = self._scheduler.requests()
+                    for request in left:
+                        self._fail(request, error)
+
+    def _advance(self) -> bool:
+        if self._thread is not None:
+            return False
+        with self._step_lock:
+            self._step()
+        return True
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """One step of all that runs; requests that fail end with their error, the others go on."""
+        gone: list[Request] = []
+        with self._lock:
+            if self._cancelled:
+                gone = [request for request, ticket in self._tickets.items() if ticket in self._cancelled]
+                self._cancelled.clear()
+        for request in gone:
+            self._finish(request, "cancelled")
+        with self._lock:
+            runs = self._scheduler.schedule()
+            self._steps_total += bool(runs)
+        if runs:
+            self._compute(runs)
+
+    def _compute(self, runs: Sequence[ScheduledRun]) -> None:
+        """Compute runs together; where that fails, one by one, so that only the request at fault fails."""
+        try:
+            outcomes = self._runner.run(runs)
+        except Exception as error:
+            if len(runs) == 1:
+                logger.exception("a request failed")
+                self._fail(runs[0].request, error)
+            else:
+                for run in runs:
+                    self._compute([run])
+            return
+        with self._lock:
+            for run, outcome in zip(runs, outcomes, strict=True):
+                self._prompt_tokens_total += max(0, min(run.stop, run.request.prompt_tokens) - run.start)
+                self._generated_tokens_total += outcome.token is not None
+        for run, outcome in zip(runs, outcomes, strict=True):
+            try:
+                self._apply(run, outcome)
+            except Exception as error:
+                logger.exception("a request failed")
+                self._fail(run.request, error)
+
+    def _apply(self, run: ScheduledRun, outcome: Outcome) -> None:
+        request = run.request
+        if not outcome.finite:
+            self._fail(request, InvalidInputError("the mix gives logits that are not finite; its adapters are damaged"))
+            return
+        request.computed = run.stop
+        request.prompt_logprobs.extend(outcome.prompt_logprobs)
+        reason: FinishReason | None = None
+        if outcome.token is not None:
+            chunk, reason = request.accept(outcome.token, logprob=outcome.logprob, eos=self._base.eos)
+            self._tickets[request].put(chunk)
+        elif request.pending == 0:  # the prompt is scored, and no more was asked for
+            reason = "length"
+        if reason is not None:
+            self._finish(request, reason)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        ticket = self._forget(request)
+        with self._lock:
+            self._finished_total += 1
+        ticket.finish(request.generation(reason))
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        ticket = self._forget(request)
+        with self._lock:
+            self._failed_total += 1
+        ticket.fail(error)
+
+    @torch.inference_mode()  # the cache may hold tensors that were made in a step
+    def _forget(self, request: Request) -> Ticket:
+        with self._lock:
+            self._scheduler.remove(request)
+            ticket = self._tickets.pop(request)
+        self._residency.release(request.mix)
+        return ticket

@@ -1,0 +1,147 @@
+"""The engine's linears: the base's product and the mixture's, for all modules that read one input at once.
+
+The weights of a group's modules (q, k, v; gate, up) lie one below the other in one tensor, so that a group costs one
+base GEMM and one shrink a step. The modules stay where transformers' code expects them and hand out their columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorafleet.kernels import GroupSpec, MixturePath, ModuleSpec, Packing, Plan
+
+# Siblings that read the same input, by the last part of their path. Any other linear is a group of one.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class MixtureContext:
+    """What the linears of one model need to know about the step that runs; set by whoever runs it."""
+
+    def __init__(self, path: MixturePath) -> None:
+        self.path = path
+        self.packing: Packing | None = None
+        self.plan: Plan | None = None
+
+    def set(self, packing: Packing | None, plan: Plan | None) -> None:
+        """The step's gates; both None where no token has an adapter."""
+        self.packing, self.plan = packing, plan
+
+
+class LinearGroup:
+    """Linears that read the same input."""
+
+    def __init__(self, spec: GroupSpec, weight: Tensor, bias: Tensor | None, context: MixtureContext) -> None:
+        """``weight [Σ d_out, d_in]``, ``bias [Σ d_out]``."""
+        self.spec, self.weight, self.bias, self._context = spec, weight, bias, context
+        self._last_x: Tensor | None = None
+        self._last_y: Tensor | None = None
+
+    def __call__(self, x: Tensor, *, last: bool) -> Tensor:
+        """``x [..., d_in]`` → ``[..., Σ d_out]``, computed by the first sibling and dropped by the last.
+
+        The input is recognised by identity; as it is held, its identity cannot be taken over by another tensor.
+        """
+        y = self._last_y if x is self._last_x else None
+        if y is None:
+            y = F.linear(x, self.weight, self.bias)
+            context = self._context
+            if context.packing is not None and context.plan is not None:
+                group = context.packing.groups.get(self.spec.name)
+                if group is not None:
+                    context.path(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), group, context.plan)
+        self._last_x, self._last_y = (None, None) if last else (x, y)
+        return y
+
+
+class MixtureLinear(nn.Module):
+    """One module of a group, in the place of the base's linear layer."""
+
+    def __init__(self, group: LinearGroup, index: int) -> None:
+        super().__init__()
+        first = sum(module.d_out for module in group.spec.modules[:index])
+        self._group = group
+        self._columns = slice(first, first + group.spec.modules[index].d_out)
+        self._alone = len(group.spec.modules) == 1
+        self._last = index == len(group.spec.modules) - 1
+        self.in_features, self.out_features = group.spec.d_in, group.spec.modules[index].d_out
+
+    @property
+    def weight(self) -> Tensor:
+        """``[d_out, d_in]``, a view of the group's."""
+        return self._group.weight[self._columns]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self._group.bias is None else self._group.bias[self._columns]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., d_in]`` → ``[..., d_out]``"""
+        y = self._group(x, last=self._last)
+        return y if self._alone else y[..., self._columns]
+
+
+def wrap_linears(model: nn.Module, *, layers_path: str, context: MixtureContext) -> tuple[GroupSpec, ...]:
+    """Replace every linear below ``layers_path`` (the decoder layers) in place; the groups for the bank."""
+    layers = model.get_submodule(layers_path)
+    linears: dict[str, nn.Module] = {
+        f"{layers_path}.{name}": module for name, module in layers.named_modules() if is_linear(module)
+    }
+    specs: list[GroupSpec] = []
+    for path in list(linears):
+        if path not in linears:
+            continue  # went with an earlier sibling
+        parent, _, leaf = path.rpartition(".")
+        names = next((names for names in _SIBLINGS if leaf in names), (leaf,))
+        paths = [f"{parent}.{name}" for name in names if f"{parent}.{name}" in linears]
+        modules = [linears.pop(sibling) for sibling in paths]
+        specs.append(_replace(model, paths, modules, context))
+    return tuple(specs)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A plain linear layer, or GPT-2's Conv1D, which keeps its weight transposed. Subclasses compute something else."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+@torch.no_grad()
+def _replace(
+    model: nn.Module, paths: Sequence[str], modules: Sequence[nn.Module], context: MixtureContext
+) -> GroupSpec:
+    weights = [_tensor(m.weight).T if type(m).__name__ == "Conv1D" else _tensor(m.weight) for m in modules]
+    bias = None
+    if any(m.bias is not None for m in modules):
+        bias = torch.cat(
+            [
+                w.new_zeros(w.shape[0]) if m.bias is None else _tensor(m.bias)
+                for m, w in zip(modules, weights, strict=True)
+            ]
+        )
+    spec = GroupSpec(
+        paths[0] if len(paths) == 1 else "+".join(paths),
+        weights[0].shape[1],
+        tuple(ModuleSpec(path, w.shape[0]) for path, w in zip(paths, weights, strict=True)),
+    )
+    group = LinearGroup(spec, lay_out(torch.cat(list(weights))), bias, context)
+    for index, path in enumerate(paths):
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, MixtureLinear(group, index))
+    return spec
+
+
+def lay_out(weight: Tensor) -> Tensor:
+    """The same ``[d_out, d_in]`` in the order of memory in which the library multiplies it fastest.
+
+    In float32 on a CPU that is input-major: 139 against 188 µs for 32 tokens, 256 → 1408, one core with AVX-512. In
+    bfloat16 (AMX) output-major is up to a quarter faster.
+    """
+    input_major = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return weight.T.contiguous().T if input_major else weight.contiguous()
+
+
+def _tensor(value: Tensor | nn.Module) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value.detach()

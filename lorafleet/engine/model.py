@@ -1,0 +1,175 @@
+"""Loading a base from its folder, and refusing what the engine would compute wrongly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lorafleet.assets import base_digest, base_path
+from lorafleet.engine.attention import ATTENTION_NAME
+from lorafleet.engine.detokenizer import Decode
+from lorafleet.engine.mixture_linear import MixtureContext, wrap_linears
+from lorafleet.errors import InvalidInputError, NotFoundError
+from lorafleet.kernels import GroupSpec
+
+# Architectures whose greedy tokens were compared with transformers' own (tests/engine/test_architectures.py): plain
+# causal attention through the attention interface, logits straight from the output layer. Value: where the layers are.
+CHECKED_ARCHITECTURES = {
+    "llama": "model.layers",
+    "mistral": "model.layers",
+    "qwen2": "model.layers",
+    "qwen3": "model.layers",
+    "gemma": "model.layers",
+    "glm4": "model.layers",
+    "gpt2": "transformer.h",
+    "helium": "model.layers",
+    "olmo2": "model.layers",
+    "phi": "model.layers",
+    "phi3": "model.layers",
+    "smollm3": "model.layers",
+    "starcoder2": "model.layers",
+}
+# Rotary embeddings that depend on the position alone. Dynamic ones depend on the longest sequence of the batch, and
+# what a request computes must not depend on who else is there.
+CHECKED_ROPE = ("default", "linear", "llama3", "yarn")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base whose linears are mixture-aware and whose attention is the engine's."""
+
+    model: nn.Module
+    decoder: nn.Module
+    """the model without its output layer"""
+    head: nn.Module
+    """the output layer: hidden states to logits"""
+    tokenizer: Any
+    decode: Decode
+    """token ids to text, special tokens left out"""
+    groups: tuple[GroupSpec, ...]
+    dtype: torch.dtype
+    digest: str
+    context_tokens: int
+    eos: frozenset[int]
+    """tokens that end a generation"""
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A torch device; "auto" takes CUDA where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise InvalidInputError(f"found device {device!r}, expected auto, cpu, cuda or cuda:N") from None
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in DTYPES.values():
+        raise InvalidInputError(f"found dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+    return found
+
+
+def load_base(
+    name_or_path: str | Path, *, device: torch.device, dtype: torch.dtype, context: MixtureContext
+) -> LoadedBase:
+    """Load weights and tokenizer from a folder in HF format, offline and without running code from it.
+
+    Raises NotFoundError where files are missing, InvalidInputError with the reason for a base that is not supported.
+    """
+    path = base_path(str(name_or_path))
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    check_supported(config)
+    digest = base_digest(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise NotFoundError(
+            f"{path} has no tokenizer that can be loaded ({error}); save it beside the weights"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise InvalidInputError(f"the tokenizer in {path} has no end-of-text token, which opens every prompt; set one")
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=ATTENTION_NAME,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    model = model.to(device).eval().requires_grad_(False)
+    groups = wrap_linears(model, layers_path=CHECKED_ARCHITECTURES[config.model_type], context=context)
+    return LoadedBase(
+        model=model,
+        decoder=model.base_model,
+        head=model.get_output_embeddings(),
+        tokenizer=tokenizer,
+        decode=decoder_of(tokenizer),
+        groups=groups,
+        dtype=dtype,
+        digest=digest,
+        context_tokens=config.max_position_embeddings,
+        eos=end_tokens(tokenizer, model.generation_config, config),
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocabulary=config.vocab_size,
+    )
+
+
+def check_supported(config: Any) -> None:
+    """Raise InvalidInputError with the reason where the engine's attention or logits would differ from the model's."""
+    if config.model_type not in CHECKED_ARCHITECTURES:
+        raise InvalidInputError(
+            f"the base is a {config.model_type!r} model; checked architectures are: {', '.join(CHECKED_ARCHITECTURES)}"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise InvalidInputError("the base is quantised; expected plain weights in safetensors")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    if kinds or window is not None:
+        raise InvalidInputError(
+            f"the base uses windowed attention (sliding_window {window}, layer types {sorted(kinds)}), which the "
+            "engine does not compute; set sliding_window to null where the model's makers say that this is the same"
+        )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in CHECKED_ROPE:
+        raise InvalidInputError(
+            f"the base has rotary embeddings of type {rope!r}, checked are {', '.join(CHECKED_ROPE)}: others make a "
+            "request's tokens depend on the batch"
+        )
+
+
+def end_tokens(tokenizer: Any, *configs: Any) -> frozenset[int]:
+    """The tokenizer's end of text, and those that the model's configurations name."""
+    found = {tokenizer.eos_token_id}
+    for config in configs:
+        value = getattr(config, "eos_token_id", None)
+        found.update(value if isinstance(value, list | tuple) else [value])
+    return frozenset(token for token in found if token is not None)
+
+
+def decoder_of(tokenizer: Any) -> Decode:
+    """The tokenizer's decoding without special tokens; the Rust one where there is one (5 µs instead of 40)."""
+
+    def decode(tokens: list[int]) -> str:
+        text: str = tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def decode_slowly(tokens: list[int]) -> str:
+        text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    return decode if tokenizer.is_fast else decode_slowly

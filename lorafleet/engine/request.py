@@ -1,0 +1,127 @@
+"""A request inside the engine, and what comes out of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from lorafleet.engine.detokenizer import Decode, Detokenizer, StopFinder
+from lorafleet.engine.sampling import SamplingParams
+from lorafleet.kernels import Mix
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """What one step added to a request: text that is settled, and all new tokens."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    """nats, one for each token; empty unless asked for"""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished request."""
+
+    token_ids: list[int]
+    """generated tokens, with the one that ended the generation"""
+    text: str
+    """without special tokens; ends before a stop text"""
+    logprobs: list[float]
+    """nats, one for each generated token; empty unless asked for"""
+    finish_reason: FinishReason
+    mix: dict[str, float]
+    """adapter name → weight, as asked for, without zeros"""
+    digests: dict[str, str]
+    """adapter name → digest of the weights that answered"""
+    prompt_logprobs: list[float] | None
+    """nats, for the prompt's tokens 2…n; None unless asked for"""
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class ResolvedMix:
+    """A mix by name together with the versions that the names meant when the request came."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    gates: Mix = ()
+    """by digest, sorted, without zeros: what the request computes"""
+
+
+class Request:
+    """State of one request; touched by the stepping thread only."""
+
+    def __init__(
+        self, prompt: Sequence[int], *, mix: ResolvedMix, sampling: SamplingParams, max_new: int, decode: Decode
+    ) -> None:
+        self.tokens = list(prompt)
+        """prompt, then what was generated"""
+        self.prompt_tokens = len(self.tokens)
+        self.mix, self.sampling = mix, sampling
+        self.max_new = max_new
+        """most tokens to generate, within the context"""
+        self.generator = random.Random(sampling.seed)
+        self.computed = 0
+        """tokens whose keys and values are in the cache"""
+        self.slot: int | None = None
+        self.logprobs: list[float] = []
+        self.prompt_logprobs: list[float] = []
+        self._pieces: list[str] = []
+        self._detokenizer = Detokenizer(decode)
+        self._stops = StopFinder(sampling.stop)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are known but not computed. When only scoring, the last one is never needed."""
+        return len(self.tokens) - (1 if self.max_new == 0 else 0) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    def accept(
+        self, token: int, *, logprob: float | None, eos: frozenset[int]
+    ) -> tuple[TokenChunk, FinishReason | None]:
+        """Append a generated token; the chunk to hand out, and why the request ends if it does."""
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        text = self._stops.push(self._detokenizer.push([token]))
+        reason: FinishReason | None = None
+        if self._stops.found or (token in eos and not self.sampling.ignore_eos):
+            reason = "stop"
+        elif self.generated >= self.max_new:
+            reason = "length"
+        if reason is not None:
+            text += self._close()
+            if self._stops.found:  # the last incomplete characters may have been the end of a stop text
+                reason = "stop"
+        self._pieces.append(text)
+        return TokenChunk(text, [token], [] if logprob is None else [logprob]), reason
+
+    def generation(self, reason: FinishReason) -> Generation:
+        """The result; for a cancelled request what there is so far."""
+        if reason == "cancelled":
+            self._pieces.append(self._close())
+        return Generation(
+            token_ids=self.tokens[self.prompt_tokens :],
+            text="".join(self._pieces),
+            logprobs=self.logprobs,
+            finish_reason=reason,
+            mix=dict(self.mix.weights),
+            digests=dict(self.mix.digests),
+            prompt_logprobs=self.prompt_logprobs if self.sampling.prompt_logprobs else None,
+            prompt_tokens=self.prompt_tokens,
+        )
+
+    def _close(self) -> str:
+        if self._stops.found:
+            return ""
+        tail = self._stops.push(self._detokenizer.flush())
+        return tail if self._stops.found else tail + self._stops.flush()

@@ -1,0 +1,134 @@
+"""One forward pass over the tokens of a step: packed inputs, attention over the cache, gates, and the logits needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafleet.engine.attention import Span, StepAttention
+from lorafleet.engine.kv_cache import KvCache
+from lorafleet.engine.mixture_linear import MixtureContext
+from lorafleet.engine.model import LoadedBase
+from lorafleet.engine.residency import Residency
+from lorafleet.engine.sampling import choose, logprobs_of
+from lorafleet.engine.scheduler import ScheduledRun
+from lorafleet.kernels import Packing, Plan, Run
+
+# Rows of logits held at once while a prompt is scored: 256 rows of a 150 000-token vocabulary are 150 MB.
+_SCORE_ROWS = 256
+
+
+class Outcome(NamedTuple):
+    """What one run of a step gave."""
+
+    token: int | None
+    """the next token; None in the middle of a prompt, or where nothing is to be generated"""
+    logprob: float | None
+    """nats; None unless asked for"""
+    prompt_logprobs: list[float]
+    """nats, of the prompt tokens that the run's rows predict; empty unless asked for"""
+    finite: bool
+    """False where the logits hold NaN or infinity, and no token means anything"""
+
+
+class ModelRunner:
+    """Computes steps; changes the cache, never a request."""
+
+    def __init__(
+        self, base: LoadedBase, *, cache: KvCache, residency: Residency, context: MixtureContext, device: torch.device
+    ) -> None:
+        self._base, self._cache, self._residency, self._context = base, cache, residency, context
+        self._device = device
+        self._plan: Plan | None = None
+        self._packing: Packing | None = None
+
+    def run(self, runs: Sequence[ScheduledRun]) -> list[Outcome]:
+        """Compute the tokens of the runs, one-token runs first; one outcome for each.
+
+        Nothing but the cache, and the generators of sampled requests, has changed: after an error the same runs can
+        be computed again.
+        """
+        hidden = self._forward(runs)
+        talking: dict[int, int] = {}  # run → its last row, where that row predicts a new token
+        prompt_logprobs: list[list[float]] = []
+        row = 0
+        for index, (request, start, stop) in enumerate(runs):
+            prompt_logprobs.append(self._score_prompt(runs[index], hidden[row : row + stop - start]))
+            row += stop - start
+            if stop == len(request.tokens):
+                talking[index] = row - 1
+        finite = [all(map(math.isfinite, scores)) for scores in prompt_logprobs]
+        outcomes = [Outcome(None, None, *both) for both in zip(prompt_logprobs, finite, strict=True)]
+        if not talking:
+            return outcomes
+        rows = list(talking.values())
+        requests = [runs[index].request for index in talking]
+        choice = choose(
+            self._logits(hidden if len(rows) == hidden.shape[0] else hidden[rows]),
+            [request.sampling for request in requests],
+            [request.generator for request in requests],
+        )
+        for place, index in enumerate(talking):
+            logprob = choice.logprobs[place] if requests[place].sampling.logprobs else None
+            outcomes[index] = Outcome(
+                choice.tokens[place], logprob, prompt_logprobs[index], finite[index] and choice.finite[place]
+            )
+        return outcomes
+
+    def _forward(self, runs: Sequence[ScheduledRun]) -> Tensor:
+        """Hidden states ``[T, hidden]`` of all tokens of the runs, in order."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        for request, start, stop in runs:
+            assert request.slot is not None
+            tokens.extend(request.tokens[start:stop])
+            positions.extend(range(start, stop))
+            spans.append(Span(request.slot, start, stop))
+        self._cache.reserve(max(stop for _, _, stop in runs))
+        step = StepAttention(spans, cache=self._cache, device=self._device, dtype=self._base.dtype)
+        self._set_gates(runs)
+        try:
+            out = self._base.decoder(
+                input_ids=torch.tensor([tokens], device=self._device),
+                position_ids=torch.tensor([positions], device=self._device),
+                use_cache=False,
+                step=step,
+            )
+        finally:
+            self._context.set(None, None)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """``[N, hidden]`` → ``[N, vocabulary]`` float32"""
+        logits: Tensor = self._base.head(hidden)
+        return logits.float()
+
+    def _score_prompt(self, run: ScheduledRun, hidden: Tensor) -> list[float]:
+        """Log-probabilities (nats) of the prompt tokens that the run's ``hidden [n, hidden]`` predict, if asked."""
+        request, start, stop = run
+        count = min(stop, request.prompt_tokens - 1) - start if request.sampling.prompt_logprobs else 0
+        scores: list[float] = []
+        for first in range(0, count, _SCORE_ROWS):
+            last = min(first + _SCORE_ROWS, count)
+            predicted = torch.tensor(request.tokens[start + first + 1 : start + last + 1], device=self._device)
+            scores += logprobs_of(self._logits(hidden[first:last]), predicted).tolist()
+        return scores
+
+    def _set_gates(self, runs: Sequence[ScheduledRun]) -> None:
+        """Decoding batches repeat their mixes step after step, so the last plan is kept while it fits."""
+        needed = {digest for run in runs for digest, _ in run.request.mix.gates}
+        if not needed:
+            return
+        packing = self._residency.pack(needed)
+        mixes = tuple(Run(run.request.mix.gates, run.stop - run.start) for run in runs)
+        plan = self._plan
+        if plan is None or packing is not self._packing or plan.runs != mixes:
+            plan = Plan(mixes, packing.keys, device=self._device)
+            self._plan, self._packing = plan, packing
+        self._context.set(packing, plan)

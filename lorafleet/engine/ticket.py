@@ -1,0 +1,83 @@
+"""The caller's end of a submitted request."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from lorafleet.engine.request import Generation, TokenChunk
+
+
+class Ticket:
+    """Follows one request; every method may be called from any thread.
+
+    While no background thread steps the engine, whoever waits on a ticket does the stepping.
+    """
+
+    def __init__(self, *, advance: Callable[[], bool], cancel: Callable[[Ticket], None]) -> None:
+        """``advance`` makes one engine step and says True, or says False where a background thread steps."""
+        self._advance, self._cancel = advance, cancel
+        self._condition = threading.Condition()
+        self._chunks: list[TokenChunk] = []
+        self._generation: Generation | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._generation is not None or self._error is not None
+
+    def stream(self) -> Iterator[TokenChunk]:
+        """The chunks from the first one on, as they come; ends with the request, raises its error if it failed."""
+        seen = 0
+        while True:
+            # `seen` is bound anew in every turn and the wait ends before the next.
+            self._wait(lambda seen=seen: len(self._chunks) > seen or self.done, timeout_s=None)  # type: ignore[misc]
+            fresh = self._chunks[seen:]
+            seen += len(fresh)
+            yield from fresh
+            if self.done and seen == len(self._chunks):
+                if self._error is not None:
+                    raise self._error
+                return
+
+    def result(self, timeout_s: float | None = None) -> Generation:
+        """The finished request; raises its error if it failed, TimeoutError if it is not done in time (it goes on)."""
+        if not self._wait(lambda: self.done, timeout_s=timeout_s):
+            raise TimeoutError(f"the request is not done after {timeout_s} s; it goes on, cancel() ends it")
+        if self._error is not None:
+            raise self._error
+        assert self._generation is not None
+        return self._generation
+
+    def cancel(self) -> None:
+        """End the request; its result has finish reason "cancelled" and what was generated until then."""
+        self._cancel(self)
+
+    def _wait(self, ready: Callable[[], bool], *, timeout_s: float | None) -> bool:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not ready():
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            if not self._advance():
+                with self._condition:
+                    self._condition.wait_for(ready, timeout=left)
+        return True
+
+    # The engine's end.
+
+    def put(self, chunk: TokenChunk) -> None:
+        with self._condition:
+            self._chunks.append(chunk)
+            self._condition.notify_all()
+
+    def finish(self, generation: Generation) -> None:
+        with self._condition:
+            self._generation = generation
+            self._condition.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        with self._condition:
+            self._error = error
+            self._condition.notify_all()

@@ -1,0 +1,98 @@
+"""Random banks and steps, and the checker that every kernel path has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafleet.kernels import Bank, GroupSpec, MixturePath, ModuleSpec, Packing, Plan, Run
+from lorafleet.kernels.reference import mixture_reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One group, adapters by key as module → rank, and the runs of a step."""
+
+    d_in: int
+    d_outs: tuple[int, ...]
+    ranks: Mapping[str, Sequence[int]]
+    """adapter → rank in each module; 0 leaves the module alone"""
+    runs: tuple[Run, ...]
+    dtype: torch.dtype = torch.float32
+
+
+def group_of(case: Case) -> GroupSpec:
+    return GroupSpec("group", case.d_in, tuple(ModuleSpec(f"m{i}", d) for i, d in enumerate(case.d_outs)))
+
+
+def bank_of(case: Case, *, seed: int = 0) -> Bank:
+    generator = torch.Generator().manual_seed(seed)
+    bank = Bank([group_of(case)])
+    for key, ranks in case.ranks.items():
+        factors = {
+            f"m{i}": (
+                torch.randn(rank, case.d_in, generator=generator) / case.d_in**0.5,
+                torch.randn(d_out, rank, generator=generator) / max(rank, 1) ** 0.5,
+            )
+            for i, (rank, d_out) in enumerate(zip(ranks, case.d_outs, strict=True))
+            if rank > 0
+        }
+        bank.add(key, bank.pages(factors))
+    return bank
+
+
+def step_of(case: Case, *, seed: int = 1) -> tuple[Packing, Plan, Tensor, Tensor]:
+    """Packing, plan, ``x [T, d_in]`` and ``y [T, Σ d_out]``; y lies inside a buffer that is NaN around it."""
+    packing = bank_of(case).pack(case.ranks)
+    plan = Plan(case.runs, packing.keys)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(plan.tokens, case.d_in, generator=generator).to(case.dtype)
+    guarded = torch.full((plan.tokens + 2, sum(case.d_outs) + 6), float("nan"), dtype=case.dtype)
+    y = guarded[1:-1, 3:-3]
+    y.copy_(torch.randn(y.shape, generator=generator))
+    return packing, plan, x, y
+
+
+def check_against_reference(path: MixturePath, case: Case) -> None:
+    """Raises AssertionError where the path's result is not the reference's, or it wrote outside y."""
+    packing, plan, x, y = step_of(case)
+    expected = y.clone()
+    group = packing.groups.get("group")
+    if group is not None:
+        mixture_reference(expected, x, group, plan)
+        path(y, x, group, plan)
+    tolerance = 2e-5 if case.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    guarded = y._base
+    assert guarded is not None
+    assert guarded.isnan().sum() == guarded.numel() - y.numel(), "the path wrote outside y"
+
+
+MIXED_RANKS = {"a": (1, 7, 3), "b": (16, 0, 5), "c": (256, 64, 1), "d": (0, 0, 2)}
+
+CASES = {
+    "one token, one adapter of rank one": Case(8, (8,), {"a": (1,)}, (Run((("a", 1.0),), 1),)),
+    "odd sizes": Case(37, (13, 29, 1), {"a": (3, 5, 7)}, (Run((("a", 0.5),), 11),)),
+    "mixed ranks and modules left alone": Case(
+        33,
+        (17, 9, 21),
+        MIXED_RANKS,
+        (
+            Run((("a", 1.0), ("b", -0.5)), 3),
+            Run((("c", 0.25),), 1),
+            Run((), 5),
+            Run((("a", 8.0), ("b", 0.1), ("c", 2.0), ("d", -8.0)), 2),
+        ),
+    ),
+    "empty mixes only": Case(12, (5, 6), {"a": (2, 2)}, (Run((), 4), Run((), 1))),
+    "a run without tokens": Case(12, (5,), {"a": (2,)}, (Run((("a", 1.0),), 0), Run((("a", -1.0),), 2))),
+    "the same adapter twice in a mix": Case(16, (8,), {"a": (4,), "b": (2,)}, (Run((("a", 0.5), ("a", 0.25)), 3),)),
+    "twice with weights that cancel": Case(16, (8,), {"a": (4,)}, (Run((("a", 0.5), ("a", -0.5)), 3),)),
+    "zero gates": Case(16, (8, 4), {"a": (4, 4), "b": (2, 9)}, (Run((("a", 0.0), ("b", 1.0)), 3),)),
+    "bfloat16": Case(
+        64, (32, 48, 16), MIXED_RANKS, (Run((("a", 1.0), ("c", 0.5)), 7), Run((("b", 2.0),), 2)), torch.bfloat16
+    ),
+}

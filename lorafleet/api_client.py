@@ -1,0 +1,289 @@
+"""A typed client of the router service, for applications. Needs grpcio and nothing else of the server.
+
+::
+
+    with RouterClient("127.0.0.1:50051", tenant="acme") as client:
+        print(client.generate("SELECT ", model="auto", max_tokens=32).text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import grpc
+
+from lorafleet.errors import GRPC_STATUS, InvalidInputError, LorafleetError, UnavailableError
+from lorafleet.proto.router.v1 import router_pb2, router_pb2_grpc
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class MixComponent:
+    reference: str
+    """``TENANT/ADAPTER:VERSION``"""
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class RouteCandidate:
+    reference: str
+    """``TENANT/ADAPTER:VERSION``, or ``base``."""
+    digest: str
+    """Empty for the base."""
+    score: float
+    """What the router ranks by; higher is better. The likelihood router's is nats per token of the text."""
+    probability: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class RouteDecision:
+    router: str
+    mix: tuple[MixComponent, ...]
+    candidates: tuple[RouteCandidate, ...]
+    """Best first."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Nats, one for each token; empty unless asked for."""
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Nats, one for each token; empty unless asked for."""
+    finish_reason: FinishReason
+    prompt_tokens: int
+    mix: tuple[MixComponent, ...]
+    """What answered; empty for the bare base."""
+    route: RouteDecision | None
+    """Where the router decided."""
+    prompt_logprobs: tuple[float, ...]
+    """Nats, for the prompt's tokens from the second on; empty unless asked for."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    reference: str
+    digest: str
+    version: int
+    rank: int
+    federation: str
+    """Empty for an adapter that was imported."""
+    round: int
+
+
+class TokenStream:
+    """An answer as it comes: iterate for its chunks, then read ``result``. Leaving the block cancels what is left."""
+
+    def __init__(self, call: Any, address: str) -> None:
+        self._call, self._address = call, address
+        self._chunks: list[Chunk] = []
+        self._result: GenerateResult | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        try:
+            for message in self._call:
+                if message.HasField("summary"):
+                    self._result = _result(self._chunks, message.summary)
+                else:
+                    self._chunks.append(Chunk(message.text, tuple(message.token_ids), tuple(message.logprobs)))
+                    yield self._chunks[-1]
+        except grpc.RpcError as error:
+            raise _from_rpc(error, self._address) from None
+
+    @property
+    def result(self) -> GenerateResult:
+        """The whole answer; raises UnavailableError while chunks are still to come."""
+        if self._result is None:
+            raise UnavailableError("the answer has not come to its end; iterate over the stream first")
+        return self._result
+
+    def cancel(self) -> None:
+        """Ends the generation on the server, too."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class RouterClient:
+    """Calls one router service as one tenant; errors are those of :mod:`lorafleet.errors`, in the server's words.
+
+    ``timeout_s`` bounds each call as a whole; a call that takes longer is cancelled on the server, too, and raises
+    UnavailableError. Thread-safe.
+    """
+
+    def __init__(self, address: str, *, tenant: str, timeout_s: float = 120.0) -> None:
+        self._address, self._timeout_s = address, timeout_s
+        self._metadata = (("lorafleet-tenant", tenant),)
+        self._channel = grpc.insecure_channel(address)
+        self._stub = router_pb2_grpc.RouterServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def route(self, text: str) -> RouteDecision:
+        """Which adapters would answer a text, and why."""
+        response = self._call(self._stub.Route, router_pb2.RouteRequest(text=text))
+        return _decision(response.decision)
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        """The live version of each adapter that this tenant may use."""
+        response = self._call(self._stub.ListAdapters, router_pb2.ListAdaptersRequest())
+        return [AdapterInfo(a.reference, a.digest, a.version, a.rank, a.federation, a.round) for a in response.adapters]
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        mix: Mapping[str, float] | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: bool = False,
+        prompt_logprobs: bool = False,
+    ) -> GenerateResult:
+        """Generates a continuation and waits for its end; the arguments are those of :meth:`stream`."""
+        with self.stream(
+            prompt,
+            model=model,
+            mix=mix,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        ) as stream:
+            for _ in stream:
+                pass
+            return stream.result
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        model: str = "",
+        mix: Mapping[str, float] | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: bool = False,
+        prompt_logprobs: bool = False,
+    ) -> TokenStream:
+        """Generates a continuation, chunk by chunk.
+
+        ``model``: "" or "base" for the bare base, "auto" for the router's choice, or a reference
+        ``TENANT/ADAPTER[@ALIAS|:VERSION]``; ``mix``: reference → weight, instead of a model. What is None has the
+        engine's default.
+        """
+        try:
+            sampling = router_pb2.Sampling(
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                stop=stop,
+                ignore_eos=ignore_eos,
+                logprobs=logprobs,
+            )
+            request = router_pb2.GenerateRequest(
+                prompt=prompt, model=model, mix=mix, sampling=sampling, prompt_logprobs=prompt_logprobs
+            )
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f"the request cannot be sent as it is: {error}") from None
+        call = self._stub.Generate(request, metadata=self._metadata, timeout=self._timeout_s)
+        return TokenStream(call, self._address)
+
+    def close(self) -> None:
+        """Closes the connection; calls that run are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, metadata=self._metadata, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise _from_rpc(error, self._address) from None
+
+
+def _mix(components: Sequence[router_pb2.MixComponent]) -> tuple[MixComponent, ...]:
+    return tuple(MixComponent(c.reference, c.digest, c.weight) for c in components)
+
+
+def _decision(message: router_pb2.RouteDecision) -> RouteDecision:
+    candidates = tuple(
+        RouteCandidate(c.reference, c.digest, c.score, c.probability, c.weight) for c in message.candidates
+    )
+    return RouteDecision(message.router, _mix(message.mix), candidates, message.reason)
+
+
+_FINISH_REASONS: Mapping[int, FinishReason] = {
+    router_pb2.FINISH_REASON_STOP: "stop",
+    router_pb2.FINISH_REASON_LENGTH: "length",
+    router_pb2.FINISH_REASON_CANCELLED: "cancelled",
+}
+
+
+def _result(chunks: Sequence[Chunk], summary: router_pb2.GenerateSummary) -> GenerateResult:
+    return GenerateResult(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        logprobs=tuple(value for chunk in chunks for value in chunk.logprobs),
+        finish_reason=_FINISH_REASONS[summary.finish_reason],
+        prompt_tokens=summary.usage.prompt_tokens,
+        mix=_mix(summary.mix),
+        route=_decision(summary.route) if summary.HasField("route") else None,
+        prompt_logprobs=tuple(summary.prompt_logprobs),
+    )
+
+
+# A status that several classes share comes back as the first of them, which is the most general one.
+_ERRORS = {status: error for error, status in reversed(GRPC_STATUS.items())}
+
+
+def _from_rpc(error: grpc.RpcError, address: str) -> Exception:
+    """The exception behind a failed call."""
+    status, words = error.code().name, error.details() or "no details"
+    if status == "DEADLINE_EXCEEDED":
+        return UnavailableError(f"{address} did not answer in time; allow more time, or ask for fewer tokens")
+    if status == "CANCELLED":
+        return UnavailableError(f"the call to {address} was cancelled before its end")
+    if status == "UNAVAILABLE" and words.startswith("failed to connect"):
+        return UnavailableError(f"no server answers at {address}; start one with `lorafleet serve` or name another one")
+    return _ERRORS.get(status, LorafleetError)(words)

@@ -1,0 +1,37 @@
+"""What a tenant may use: every question about another tenant's adapters gets the answer for ones that do not exist."""
+
+from __future__ import annotations
+
+from lorafleet.errors import BaseMismatchError, NotFoundError
+from lorafleet.registry import Registry
+from lorafleet.registry.records import Version
+from lorafleet.registry.references import not_found
+
+
+def usable(registry: Registry, tenant: str, *, base_digest: str) -> list[Version]:
+    """The tenant's live versions that were made for this base."""
+    return [version for version in registry.live(tenant) if version.base_digest == base_digest]
+
+
+def resolve(registry: Registry, tenant: str, reference: str, *, base_digest: str) -> Version:
+    """The version that a reference names, if the tenant may use it.
+
+    An adapter is the tenant's to use when the tenant owns it or a version of it is live for the tenant; its older
+    versions and other aliases are then, too. Raises NotFoundError, in the same words for a missing and a foreign one,
+    and BaseMismatchError for a version of another base.
+    """
+    refusal = not_found(f"adapter {reference!r}")
+    try:
+        version = registry.resolve(reference)
+    except NotFoundError:
+        raise refusal from None
+    if version.tenant != tenant:
+        granted = {(live.tenant, live.adapter) for live in registry.live(tenant)}
+        if (version.tenant, version.adapter) not in granted:
+            raise refusal
+    if version.base_digest != base_digest:
+        raise BaseMismatchError(
+            f"{version.reference} was made for the base {version.base_digest}, this server runs {base_digest}; "
+            "ask a server of its base"
+        )
+    return version

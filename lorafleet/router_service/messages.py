@@ -1,0 +1,90 @@
+"""Between the package's own types and the messages of lorafleet.router.v1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorafleet.engine import Generation, SamplingParams, TokenChunk
+from lorafleet.proto.router.v1 import router_pb2
+from lorafleet.registry.records import Version
+from lorafleet.router_service.routers import BASE, Route
+
+FINISH_REASONS: Mapping[str, router_pb2.FinishReason] = {
+    "stop": router_pb2.FINISH_REASON_STOP,
+    "length": router_pb2.FINISH_REASON_LENGTH,
+    "cancelled": router_pb2.FINISH_REASON_CANCELLED,
+}
+
+
+def sampling_params(request: router_pb2.GenerateRequest) -> SamplingParams:
+    """The engine's parameters; a field that the caller left out has the engine's default."""
+    sampling = request.sampling
+    given: dict[str, Any] = {
+        name: getattr(sampling, name)
+        for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")
+        if sampling.HasField(name)
+    }
+    return SamplingParams(
+        **given,
+        stop=tuple(sampling.stop),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+    )
+
+
+def chunk(part: TokenChunk) -> router_pb2.GenerateResponse:
+    return router_pb2.GenerateResponse(text=part.text, token_ids=part.token_ids, logprobs=part.logprobs or ())
+
+
+def summary(generation: Generation, versions: Sequence[Version]) -> router_pb2.GenerateSummary:
+    """``versions``: those that the mix could be made of, by which its digests get their references."""
+    return router_pb2.GenerateSummary(
+        finish_reason=FINISH_REASONS[generation.finish_reason],
+        usage=router_pb2.Usage(prompt_tokens=generation.prompt_tokens, generated_tokens=len(generation.token_ids)),
+        mix=components({generation.digests[name]: weight for name, weight in generation.mix.items()}, versions),
+        prompt_logprobs=generation.prompt_logprobs or (),
+    )
+
+
+def decision(router: str, route: Route, versions: Sequence[Version]) -> router_pb2.RouteDecision:
+    named = references(versions)
+    candidates = [
+        router_pb2.Candidate(
+            reference="base" if scored.digest == BASE else named[scored.digest],
+            digest=scored.digest,
+            score=scored.score,
+            probability=scored.probability,
+            weight=scored.weight,
+        )
+        for scored in route.scores
+    ]
+    return router_pb2.RouteDecision(
+        router=router, mix=components(route.mix, versions), candidates=candidates, reason=route.reason
+    )
+
+
+def components(mix: Mapping[str, float], versions: Sequence[Version]) -> list[router_pb2.MixComponent]:
+    named = references(versions)
+    return [router_pb2.MixComponent(reference=named[d], digest=d, weight=w) for d, w in sorted(mix.items())]
+
+
+def adapter(version: Version) -> router_pb2.Adapter:
+    lineage = version.lineage
+    return router_pb2.Adapter(
+        reference=version.reference,
+        digest=version.digest,
+        version=version.number,
+        rank=version.rank,
+        federation=lineage.federation if lineage else "",
+        round=lineage.round if lineage else 0,
+    )
+
+
+def references(versions: Sequence[Version]) -> dict[str, str]:
+    """Digest → reference; of versions with the same weights the first one's."""
+    named: dict[str, str] = {}
+    for version in versions:
+        named.setdefault(version.digest, version.reference)
+    return named

@@ -1,0 +1,102 @@
+"""What a member does with an order, free of any transport: check it, evaluate, train, and say what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lorafleet.adapters import LoraAdapter
+from lorafleet.adapters.wire import TrainOrder, UpdateHeader
+from lorafleet.clients.data import Split, pack
+from lorafleet.clients.trainer import TrainSettings, held_out_loss, train_residual
+from lorafleet.errors import BaseMismatchError, InvalidInputError
+
+
+@dataclass(frozen=True)
+class Member:
+    """A data owner with its loaded base. ``rank`` is the most that its hardware affords."""
+
+    key: str
+    rank: int
+    split: Split
+    model: nn.Module
+    tokenizer: Any
+    base_digest: str
+
+
+class Update(NamedTuple):
+    header: UpdateHeader
+    residual: LoraAdapter | None
+    """None where the order asked for an evaluation alone."""
+    metrics: dict[str, float]
+    """``held_out_loss`` of the incoming expert before training and ``held_out_tokens``; after training also
+    ``train_loss`` (mean over the steps), ``train_tokens`` and ``train_seconds``."""
+
+
+def carry_out(
+    member: Member,
+    order: TrainOrder,
+    expert: LoraAdapter | None,
+    *,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Update:
+    """Evaluate the expert on the held-out share, then train a residual on top of it if steps were ordered.
+
+    Raises InvalidInputError or BaseMismatchError for an order that is not this member's or not for its base, and for
+    an expert that is not the one ordered.
+    """
+    check_order(member, order, expert)
+    held_out = pack(member.split.held_out, member.tokenizer, order.sequence_length)
+    metrics = {
+        "held_out_loss": held_out_loss(member.model, held_out, adapter=expert),
+        "held_out_tokens": float(_predicted(held_out)),
+    }
+    residual, examples = None, 0
+    if order.steps:
+        settings = TrainSettings(
+            rank=min(order.rank or member.rank, member.rank),
+            steps=order.steps,
+            batch_size=order.batch_size,
+            sequence_length=order.sequence_length,
+            learning_rate=order.learning_rate,
+            seed=order.seed,
+            init_seed=order.init_seed,
+        )
+        blocks = pack(member.split.train, member.tokenizer, order.sequence_length)
+        result = train_residual(member.model, blocks, settings, expert=expert, on_step=on_step)
+        residual, examples = result.residual, result.tokens // order.sequence_length
+        metrics["train_loss"] = sum(result.losses) / len(result.losses)
+        metrics["train_tokens"] = float(result.tokens)
+        metrics["train_seconds"] = result.seconds
+    header = UpdateHeader(
+        federation=order.federation,
+        round=order.round,
+        attempt=order.attempt,
+        member=member.key,
+        base_digest=member.base_digest,
+        expert_digest=order.expert_digest,
+        digest=residual.digest if residual else "",
+        rank=residual.rank if residual else 0,
+        num_examples=examples,
+    )
+    return Update(header, residual, metrics)
+
+
+def check_order(member: Member, order: TrainOrder, expert: LoraAdapter | None) -> None:
+    if order.member != member.key:
+        raise InvalidInputError(f"found an order for member {order.member!r}, this client is {member.key!r}")
+    if order.base_digest != member.base_digest:
+        raise BaseMismatchError(
+            f"the federation trains on base {order.base_digest}, this client has {member.base_digest}: "
+            "get the same base"
+        )
+    digest = expert.digest if expert else ""
+    if digest != order.expert_digest:
+        raise InvalidInputError(f"found expert {digest or 'none'}, the order announced {order.expert_digest or 'none'}")
+
+
+def _predicted(blocks: Tensor) -> int:
+    return blocks[:, 1:].numel()

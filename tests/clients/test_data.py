@@ -1,0 +1,122 @@
+"""Texts, their held-out share, and their blocks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorafleet.clients.data import JsonLines, TextFolder, open_texts, pack, split_texts
+from lorafleet.errors import InvalidInputError, NotFoundError
+
+DOCUMENTS = [f"document {number} " + "x" * number for number in range(200)]
+
+
+def test_held_out_share_is_by_content_and_not_by_order() -> None:
+    split = split_texts(DOCUMENTS)
+    assert 8 <= len(split.held_out) <= 35
+    assert sorted(split.train + split.held_out) == sorted(DOCUMENTS)
+    shuffled = split_texts(DOCUMENTS[::-1])
+    assert set(shuffled.held_out) == set(split.held_out)
+    grown = split_texts([*DOCUMENTS, "one more"])
+    assert set(split.held_out) <= set(grown.held_out)
+    assert set(split_texts(DOCUMENTS, seed=1).held_out) != set(split.held_out)
+
+
+def test_copies_of_a_document_stay_on_one_side() -> None:
+    split = split_texts(DOCUMENTS * 3)
+    assert not set(split.train) & set(split.held_out)
+    assert len(split.held_out) % 3 == 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_few_documents_leave_at_least_one_on_either_side(count: int, share: float) -> None:
+    split = split_texts(DOCUMENTS[:count], share=share)
+    assert split.train
+    assert split.held_out
+
+
+def test_one_document_alone_cannot_be_split() -> None:
+    with pytest.raises(InvalidInputError, match="at least 2"):
+        split_texts(["same", "same"])
+    with pytest.raises(InvalidInputError, match="share"):
+        split_texts(DOCUMENTS, share=1.0)
+
+
+def test_folder_with_a_held_out_part_keeps_it(data_folder: Path) -> None:
+    split = split_texts(TextFolder(data_folder))
+    assert [text[:7] for text in split.train] == [f"train {n}" for n in range(6)]
+    assert [text[:10] for text in split.held_out] == ["held_out 0", "held_out 1"]
+
+
+def test_dataset_of_ones_own_may_name_its_held_out_part() -> None:
+    class Mine:
+        held_out = ({"text": "kept"},)
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"text": f"train {index}", "source": "mine"}
+
+    split = split_texts(Mine())
+    assert (split.train, split.held_out) == (["train 0", "train 1"], ["kept"])
+
+
+def test_json_lines_name_the_line_that_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join([json.dumps({"text": "eins"}), "", json.dumps({"text": "zwei"})]))
+    assert [JsonLines(path)[i] for i in range(2)] == ["eins", "zwei"]
+    assert JsonLines(path, field="text")[1] == "zwei"
+    path.write_text('{"text": "eins"}\n{"body": "zwei"}\n')
+    with pytest.raises(InvalidInputError, match="line 2"):
+        JsonLines(path)
+    path.write_text('{"text": "eins"}\n{"text"\n')
+    with pytest.raises(InvalidInputError, match="line 2"):
+        JsonLines(path)
+
+
+def test_data_may_be_a_folder_a_file_or_a_module_and_name(
+    tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "eins"}\n')
+    (tmp_path / "member_texts_for_test.py").write_text("texts = ['a', 'b']\ndef make():\n    return ['c']\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert len(open_texts(str(data_folder))) == 6
+    assert open_texts(tmp_path / "rows.jsonl")[0] == "eins"
+    assert list(open_texts("member_texts_for_test:texts")) == ["a", "b"]
+    assert list(open_texts("member_texts_for_test:make")) == ["c"]
+    for wrong in ("member_texts_for_test:absent", "no_such_module_here:texts", str(tmp_path / "absent")):
+        with pytest.raises(NotFoundError):
+            open_texts(wrong)
+
+
+def test_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"\*\.txt"):
+        TextFolder(tmp_path)
+
+
+def test_item_without_text_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="'text'"):
+        split_texts([{"body": "x"}, {"text": "y"}])
+
+
+def test_pack_opens_every_document_and_predicts_every_token_once(tokenizer: Any) -> None:
+    texts = ["abcd", "efghijk", "lm"]
+    stream = [token for text in texts for token in (tokenizer.eos_token_id, *tokenizer(text).input_ids)]
+    blocks = pack(texts, tokenizer, 5)
+    assert blocks.shape == (3, 6)
+    assert blocks.dtype == torch.long
+    assert blocks[:, 1:].flatten().tolist() == stream[1:16]
+    assert blocks[:, :-1].flatten().tolist() == stream[:15]
+    assert stream.count(tokenizer.eos_token_id) == 3
+
+
+def test_pack_of_too_little_text_says_how_much_there_was(tokenizer: Any) -> None:
+    with pytest.raises(InvalidInputError, match="found 4 tokens"):
+        pack(["abc"], tokenizer, 4)
+    assert pack(["abcd"], tokenizer, 4).shape == (1, 5)

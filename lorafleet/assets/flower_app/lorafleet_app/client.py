@@ -1,0 +1,3 @@
+from lorafleet.clients.app import app
+
+__all__ = ["app"]

@@ -1,0 +1,3 @@
+from lorafleet.coordinator.server_app import app
+
+__all__ = ["app"]

@@ -1,0 +1,16 @@
+"""Schedulers: which member works when, and when a round closes. ``SCHEDULERS`` maps a name to its implementation."""
+
+from lorafleet.coordinator.schedulers.sync import Sync
+from lorafleet.errors import UnknownNameError
+
+SCHEDULERS: dict[str, type[Sync]] = {"sync": Sync}
+
+
+def get_scheduler(name: str) -> type[Sync]:
+    """The scheduler of that name; an unknown one raises with the names that are known."""
+    if name not in SCHEDULERS:
+        raise UnknownNameError("scheduler", name, SCHEDULERS)
+    return SCHEDULERS[name]
+
+
+__all__ = ["SCHEDULERS", "Sync", "get_scheduler"]

@@ -1,0 +1,47 @@
+"""The Flower ServerApp: opens the registry, attaches to Ray, and runs the round loop over Flower's Grid."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from lorafleet.assets import base_digest, base_path
+from lorafleet.coordinator.base_shapes import base_shapes
+from lorafleet.coordinator.flower_grid import FlowerTransport
+from lorafleet.coordinator.rounds import Parts, run_federation
+from lorafleet.coordinator.settings import CoordinatorConfig
+from lorafleet.coordinator.tree import LocalReducer, RayReducer
+from lorafleet.registry import Registry
+
+log = logging.getLogger(__name__)
+
+JOIN_TIMEOUT_S = 90.0
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Entry point of a run; ``federation`` in the run config is the path of its TOML file on this machine."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("lorafleet").setLevel(logging.INFO)
+    config = CoordinatorConfig.load(Path(str(context.run_config["federation"])))
+    settings = config.federation
+    base = base_path(settings.base)
+    registry = Registry.open(config.registry, config.blobs)
+    reducer = LocalReducer() if config.ray_address == "local" else RayReducer(config.ray_address)
+    try:
+        federation = registry.federation(settings.tenant, settings.name)
+        transport = FlowerTransport(grid, expected=len(registry.members(federation)), join_timeout_s=JOIN_TIMEOUT_S)
+        run_federation(
+            settings,
+            federation,
+            Parts(registry, transport, reducer, base_digest(base), base_shapes(base)),
+        )
+    finally:
+        if isinstance(reducer, RayReducer):
+            reducer.close()
+        registry.close()

@@ -1,0 +1,58 @@
+"""How the round loop reaches members: the one seam between the loop and Flower, or members in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy.typing as npt
+
+from lorafleet.adapters import LoraAdapter
+from lorafleet.adapters.wire import TrainOrder
+
+
+class MemberInfo(NamedTuple):
+    """What a member says of itself when it is asked who it is."""
+
+    key: str
+    rank: int
+    num_examples: int
+
+
+class Order(NamedTuple):
+    """A train order with the expert that the member trains on; None for the bare base."""
+
+    order: TrainOrder
+    expert: LoraAdapter | None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One member's answer as it came, unchecked; or why none can come."""
+
+    member: str
+    header: Mapping[str, Any] = field(default_factory=dict)
+    arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+class Transport(Protocol):
+    """Sends orders to members by key and brings their replies; never raises for one bad member."""
+
+    def members(self) -> Mapping[str, MemberInfo]:
+        """The members that are here now, by key."""
+        ...
+
+    def send(self, orders: Mapping[str, Order]) -> None:
+        """Send each member its order; a reply to it comes from :meth:`receive` at most once."""
+        ...
+
+    def receive(self, timeout_s: float) -> list[Reply]:
+        """Replies that have come, waiting at most ``timeout_s`` for the first."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is still outstanding: its round is over."""
+        ...

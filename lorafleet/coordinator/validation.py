@@ -1,0 +1,101 @@
+"""What an update must be before it counts. One bad member costs at most its own update.
+
+Checked in this order, each with a stable reason code that the registry keeps: ``header`` (schema, types), ``order``
+(another federation, round, attempt, member, base or expert than was ordered), ``factors`` (keys, shapes, dtype, NaN),
+``modules`` (not the base's), ``rank``, ``digest``, ``count`` (number of examples), ``norm``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from lorafleet.adapters import LoraAdapter
+from lorafleet.adapters.factor_space import norm
+from lorafleet.adapters.wire import TrainOrder, UpdateHeader, from_arrays
+from lorafleet.errors import InvalidInputError, RejectedUpdateError
+
+ModuleShapes = Mapping[str, tuple[int, int]]
+"""Path of every linear layer of the base → (d_out, d_in)."""
+
+
+@dataclass(frozen=True)
+class UpdatePolicy:
+    """Limits that a federation sets on its members' updates."""
+
+    max_rank: int = 256
+    max_examples: int = 100_000
+    max_norm: float = 1e4
+    """Largest Frobenius norm of the whole update's product."""
+
+
+@dataclass(frozen=True)
+class CheckedUpdate:
+    header: UpdateHeader
+    residual: LoraAdapter | None
+    """None for an evaluation alone."""
+    metrics: dict[str, float]
+    size_bytes: int
+
+
+def check_update(
+    order: TrainOrder,
+    header: Mapping[str, Any],
+    arrays: Mapping[str, npt.NDArray[Any]],
+    metrics: Mapping[str, Any],
+    *,
+    shapes: ModuleShapes,
+    policy: UpdatePolicy,
+) -> CheckedUpdate:
+    """Verify one reply against the order that asked for it; raises RejectedUpdateError with a reason code."""
+    try:
+        head = UpdateHeader.from_config(header)
+    except InvalidInputError as error:
+        raise RejectedUpdateError("header", str(error)) from None
+    for name in ("federation", "round", "attempt", "member", "base_digest", "expert_digest"):
+        found, expected = getattr(head, name), getattr(order, name)
+        if found != expected:
+            raise RejectedUpdateError("order", f"{name} is {found!r}, the order said {expected!r}")
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise RejectedUpdateError("metrics", f"{name} is {value!r}, expected a finite number")
+        numbers[name] = float(value)
+    if order.steps == 0:
+        return CheckedUpdate(head, None, numbers, 0)
+    try:
+        residual = from_arrays(arrays, base=order.base_digest)
+    except InvalidInputError as error:
+        raise RejectedUpdateError("factors", str(error)) from None
+    check_factors(residual, order, head, shapes, policy)
+    size_bytes = sum(array.nbytes for array in arrays.values())
+    return CheckedUpdate(head, residual, numbers, size_bytes)
+
+
+def check_factors(
+    residual: LoraAdapter, order: TrainOrder, head: UpdateHeader, shapes: ModuleShapes, policy: UpdatePolicy
+) -> None:
+    for path, (a, b) in residual.modules.items():
+        if path not in shapes:
+            raise RejectedUpdateError("modules", f"{path!r} is no linear layer of the base")
+        if (b.shape[0], a.shape[1]) != tuple(shapes[path]):
+            raise RejectedUpdateError(
+                "modules",
+                f"{path}: the update is {b.shape[0]} × {a.shape[1]}, the base {shapes[path][0]} × {shapes[path][1]}",
+            )
+    limit = order.rank or policy.max_rank
+    if residual.rank > limit or head.rank > limit:
+        raise RejectedUpdateError("rank", f"found rank {max(residual.rank, head.rank)}, at most {limit} was agreed")
+    if residual.digest != head.digest:
+        raise RejectedUpdateError(
+            "digest", f"the factors have digest {residual.digest[:19]}, the header says {head.digest[:19]}"
+        )
+    if not 1 <= head.num_examples <= policy.max_examples:
+        raise RejectedUpdateError("count", f"num_examples is {head.num_examples}, expected 1 to {policy.max_examples}")
+    size = math.sqrt(sum(float(norm(pair).double()) ** 2 for pair in residual.modules.values()))
+    if not math.isfinite(size) or size > policy.max_norm:
+        raise RejectedUpdateError("norm", f"the update's norm is {size:.3g}, at most {policy.max_norm:.3g} is allowed")

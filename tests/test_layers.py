@@ -1,0 +1,102 @@
+"""The import rules of docs/structure.md, checked on every import statement of the package, nested ones included."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "lorafleet"
+
+# Which parts of lorafleet a part may import, beside itself, `errors` and `assets`.
+PARTS = {
+    "errors": set(),
+    "assets": set(),
+    "proto": set(),
+    "kernels": set(),
+    "adapters": {"kernels"},
+    "engine": {"adapters", "kernels"},
+    "registry": {"adapters"},
+    "clients": {"adapters"},
+    "coordinator": {"adapters", "registry"},
+    "router_service": {"engine", "adapters", "registry", "proto"},
+    "api_client": {"proto"},
+}
+SEE_EVERYTHING = {"cli", "config", "bench", "demo", "__init__"}
+
+# Libraries that only some parts may import; all others of this list may not.
+FENCES = {
+    "flwr": {"clients", "coordinator"},
+    "ray": {"coordinator", "router_service"},
+    "sqlalchemy": {"registry"},
+    "alembic": {"registry"},
+    "grpc": {"router_service", "api_client", "proto"},
+    "fastapi": {"router_service"},
+}
+# Single files that a library is kept to within its part.
+ONLY_IN = {
+    "ray": {"coordinator/tree.py", "router_service/deployment.py"},
+    "flwr": {"coordinator/server_app.py", "coordinator/flower_grid.py", "clients/app.py"},
+    "triton": {"kernels/triton.py"},
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(source: str) -> set[str]:
+    """Every module that a source imports, wherever the statement stands."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import; imports are absolute here"
+            found.add(node.module or "")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def violations(part: str, file: str, source: str) -> list[str]:
+    bad = []
+    for name in imports_of(source):
+        top, *rest = name.split(".")
+        if top == "lorafleet" and rest:
+            target = rest[0]
+            if part not in SEE_EVERYTHING and target not in PARTS[part] | {part, "errors", "assets", "__version__"}:
+                bad.append(f"{file} imports {name}")
+        elif part not in SEE_EVERYTHING and top in FENCES and part not in FENCES[top]:
+            bad.append(f"{file} imports {name}")
+        elif part not in SEE_EVERYTHING and top in ONLY_IN and file not in ONLY_IN[top]:
+            bad.append(f"{file} imports {name}, which is kept to {', '.join(sorted(ONLY_IN[top]))}")
+    return bad
+
+
+def package_files() -> list[Path]:
+    # The Flower app in assets is not imported by the package: it is what Flower loads on either side.
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if "flower_app" not in p.parts and "proto" not in p.parts]
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_file_keeps_the_import_rules(path: Path) -> None:
+    part = part_of(path)
+    assert part in PARTS.keys() | SEE_EVERYTHING, f"{part} is a part that docs/structure.md does not name"
+    assert violations(part, path.relative_to(PACKAGE).as_posix(), path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("engine", "from lorafleet.registry import Registry"),
+        ("kernels", "import lorafleet.adapters.lora"),
+        ("clients", "def f():\n    from lorafleet.coordinator import rules"),
+        ("coordinator", "from lorafleet import clients"),
+        ("engine", "import sqlalchemy.orm"),
+        ("adapters", "from flwr.app import Message"),
+        ("coordinator", "import ray"),
+    ],
+)
+def test_a_forbidden_import_is_found(part: str, source: str) -> None:
+    assert violations(part, f"{part}/x.py", source) != []

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train the tiny base model that lorafleet ships, from text that CPython itself carries.
 
-The corpus is CPython 3.11's standard library (sources, its tests, the ``pydoc`` topics). Which files, and their
-SHA-256 digests, are pinned in ``scripts/tiny_base_corpus.json``; the split into training and held-out is by file.
+The corpus is CPython 3.11's standard library (sources, its tests, the ``pydoc`` topics). Which files, and their SHA-256
+digests, are pinned in ``lorafleet/assets/tiny_base/corpus.json``; the split into training and held-out is by file.
 
     python scripts/train_tiny_base.py corpus      # (re)write the pinned list from this interpreter's library
     python scripts/train_tiny_base.py train       # tokenizer, training, evaluation, model card; resumes if interrupted
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-CORPUS_LIST = ROOT / "scripts" / "tiny_base_corpus.json"
 ASSET = ROOT / "lorafleet" / "assets" / "tiny_base"
+CORPUS_LIST = ASSET / "corpus.json"
 
 HELD_OUT_ONE_IN = 25
 # A file that gzip shrinks more than eightfold is a table (code pages, generated test vectors), not text.
@@ -282,7 +282,9 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(train_texts, recipe)
     stream = encode(tokenizer, train_texts)
     size = sum(len(t.encode()) for t in train_texts)
-    print(f"{size / 1e6:.1f} MB training text, {len(stream) / 1e6:.2f} M tokens, {size / len(stream):.2f} bytes a token")
+    print(
+        f"{size / 1e6:.1f} MB training text, {len(stream) / 1e6:.2f} M tokens, {size / len(stream):.2f} bytes a token"
+    )
 
     model = build_model(recipe).to(device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
@@ -308,7 +310,12 @@ def train(args: argparse.Namespace) -> None:
 
     def save_checkpoint(step: int) -> None:
         save_atomically(
-            {"step": step, "recipe": asdict(recipe), "model": model.state_dict(), "optimizers": [o.state_dict() for o in opts]},
+            {
+                "step": step,
+                "recipe": asdict(recipe),
+                "model": model.state_dict(),
+                "optimizers": [o.state_dict() for o in opts],
+            },
             checkpoint,
         )
 
@@ -361,7 +368,14 @@ def gzip_bits_per_byte(texts: list[str]) -> float:
 
 
 def report_card(
-    out: Path, recipe: Recipe, train_texts: list[str], held_texts: list[str], tokens: int, *, running_loss: float, device: torch.device
+    out: Path,
+    recipe: Recipe,
+    train_texts: list[str],
+    held_texts: list[str],
+    tokens: int,
+    *,
+    running_loss: float,
+    device: torch.device,
 ) -> None:
     model, tokenizer = load_shipped(out, device)
     held_bpb = bits_per_byte(model, tokenizer, held_texts, recipe.context, device)
@@ -369,6 +383,7 @@ def report_card(
     parameters = sum(p.numel() for p in model.parameters())
     python = json.loads(CORPUS_LIST.read_text())["python"]
     seen = recipe.steps * recipe.batch_sequences * recipe.context
+    train_bytes = sum(len(t.encode()) for t in train_texts)
     (out / "README.md").write_text(
         f"""---
 license: psf-2.0
@@ -379,16 +394,17 @@ pipeline_tag: text-generation
 # lorafleet tiny base
 
 A small but really trained causal language model, so that the whole of lorafleet can be run, tested and judged
-without a download. Llama architecture, {parameters / 1e6:.2f} M parameters, byte-level BPE of {recipe.vocab_size} tokens,
-context {recipe.context} tokens, bfloat16 weights.
+without a download. Llama architecture, {parameters / 1e6:.2f} M parameters, byte-level BPE of {recipe.vocab_size}
+tokens, context {recipe.context} tokens, bfloat16 weights.
 
 | | |
 |---|---|
-| data | CPython {python} standard library with its tests and the `pydoc` topics; files and digests in `scripts/tiny_base_corpus.json` |
-| training text | {sum(len(t.encode()) for t in train_texts) / 1e6:.1f} MB in {len(train_texts)} files, {tokens / 1e6:.2f} M tokens |
+| data | CPython {python} standard library with its tests, and the `pydoc` topics; files and digests in `corpus.json` |
+| training text | {train_bytes / 1e6:.1f} MB in {len(train_texts)} files, {tokens / 1e6:.2f} M tokens |
 | held out, by file | {sum(len(t.encode()) for t in held_texts) / 1e6:.2f} MB in {len(held_texts)} files |
 | steps | {recipe.steps} of {recipe.batch_sequences} × {recipe.context} tokens ({seen / 1e6:.0f} M tokens seen) |
-| optimiser | Muon (lr {recipe.muon_lr}) for the hidden matrices, AdamW (lr {recipe.adam_lr}) for the rest; linear decay over the last {recipe.decay_share:.0%} |
+| optimiser | Muon (lr {recipe.muon_lr}) for the hidden matrices, AdamW (lr {recipe.adam_lr}) for the rest |
+| schedule | {recipe.warmup_steps} steps of warm-up, constant, linear decay over the last {recipe.decay_share:.0%} |
 | held-out loss | **{held_bpb:.3f} bits per byte** (`gzip -9`, file by file: {gzip_bpb:.3f}) |
 | last training batch | {running_loss:.3f} nats per token |
 | recipe | `python scripts/train_tiny_base.py train` (seed {recipe.seed}) |
@@ -396,13 +412,20 @@ context {recipe.context} tokens, bfloat16 weights.
 Held-out loss: each file by itself, windows of {recipe.context} tokens that overlap by half, scored on the fresh half.
 
 **Licence.** The training text is under the PSF License 2.0, and so are these weights.
-**Use.** Demonstrations, tests and benchmarks of lorafleet. It knows Python's own sources and documentation, nothing of the world.
+**Use.** Demonstrations, tests and benchmarks of lorafleet. It knows Python's own sources and documentation, and nothing
+of the world.
 """
     )
     (out / "training.json").write_text(
         json.dumps(
-            {"recipe": asdict(recipe), "parameters": parameters, "held_out_bits_per_byte": held_bpb, "gzip_bits_per_byte": gzip_bpb,
-             "python": python, "torch": torch.__version__},
+            {
+                "recipe": asdict(recipe),
+                "parameters": parameters,
+                "held_out_bits_per_byte": held_bpb,
+                "gzip_bits_per_byte": gzip_bpb,
+                "python": python,
+                "torch": torch.__version__,
+            },
             indent=1,
         )
         + "\n"
@@ -412,7 +435,12 @@ Held-out loss: each file by itself, windows of {recipe.context} tokens that over
 
 def sample(args: argparse.Namespace) -> None:
     model, tokenizer = load_shipped(Path(args.out), torch.device("cpu"))
-    for prompt in ("def read_lines(path):\n", "class Queue:\n    \"\"\"", "The \"for\" statement is used to", "import os\nimport sys\n"):
+    for prompt in (
+        "def read_lines(path):\n",
+        'class Queue:\n    """',
+        'The "for" statement is used to',
+        "import os\nimport sys\n",
+    ):
         ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(prompt).input_ids]])
         torch.manual_seed(0)
         done = model.generate(ids, max_new_tokens=120, do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=0)
@@ -426,7 +454,9 @@ def main() -> None:
     parser.add_argument("--work", default=str(ROOT / "build" / "tiny_base"), help="checkpoints")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the model")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the model"
+    )
     args = parser.parse_args()
     if args.command == "corpus":
         write_corpus_list()

@@ -62,7 +62,9 @@ def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
         if config.get(key):
             raise AdapterFormatError(f"{where}: {key} is set: {reason}; train or export the adapter without it")
     if config.get("bias", "none") != "none":
-        raise AdapterFormatError(f"{where}: bias is {config['bias']!r}, expected 'none'; trained biases are not supported")
+        raise AdapterFormatError(
+            f"{where}: bias is {config['bias']!r}, expected 'none'; trained biases are not supported"
+        )
 
 
 def read_factors(path: Path) -> dict[str, dict[str, Tensor]]:
@@ -73,7 +75,9 @@ def read_factors(path: Path) -> dict[str, dict[str, Tensor]]:
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 match = _KEY.match(key)
                 if match is None:
-                    raise AdapterFormatError(f"{path}: found tensor {key!r}, expected only *.lora_A.weight and *.lora_B.weight")
+                    raise AdapterFormatError(
+                        f"{path}: found tensor {key!r}, expected only *.lora_A.weight and *.lora_B.weight"
+                    )
                 module = match["path"].removeprefix(_PREFIX)
                 factors.setdefault(module, {})[match["factor"]] = file.get_tensor(key).to(torch.float32)
     except SafetensorError as error:
@@ -92,7 +96,9 @@ def fold(factors: dict[str, dict[str, Tensor]], config: dict[str, Any], where: P
     for path, pair in factors.items():
         a, b = pair["A"], pair["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-            raise AdapterFormatError(f"{where}: {path} has A {list(a.shape)} and B {list(b.shape)}, expected [r, d_in] and [d_out, r]")
+            raise AdapterFormatError(
+                f"{where}: {path} has A {list(a.shape)} and B {list(b.shape)}, expected [r, d_in] and [d_out, r]"
+            )
         rank = a.shape[0]
         alpha = float(match_pattern(path, config.get("alpha_pattern") or {}, config.get("lora_alpha") or 8))
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

@@ -36,7 +36,7 @@ class LoraAdapter:
         for path, (a, b) in self.modules.items():
             if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
                 raise InvalidInputError(
-                    f"{path}: found A {list(a.shape)} and B {list(b.shape)}, expected [r, d_in] and [d_out, r] with r ≥ 1"
+                    f"{path}: found A {list(a.shape)}, B {list(b.shape)}; expected [r, d_in], [d_out, r] with r ≥ 1"
                 )
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise InvalidInputError(f"{path}: found NaN or infinity in its factors; the adapter is damaged")
@@ -129,13 +129,17 @@ class LoraAdapter:
 def weighted_sum(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAdapter:
     """``Σ w_k adapter_k`` exactly, by stacking; a module that only some adapters change is summed over those."""
     if len(adapters) != len(weights) or not adapters:
-        raise InvalidInputError(f"found {len(adapters)} adapters and {len(weights)} weights, expected as many, at least one")
+        raise InvalidInputError(
+            f"found {len(adapters)} adapters and {len(weights)} weights, expected as many, at least one"
+        )
     modules: dict[str, LoraPair] = {}
     for path in sorted({path for adapter in adapters for path in adapter.modules}):
         members = [(ad.modules[path], w) for ad, w in zip(adapters, weights, strict=True) if path in ad.modules]
         shapes = {(pair.b.shape[0], pair.a.shape[1]) for pair, _ in members}
         if len(shapes) > 1:
-            raise BaseMismatchError(f"{path}: the adapters change matrices of shapes {sorted(shapes)}; expected one base")
+            raise BaseMismatchError(
+                f"{path}: the adapters change matrices of shapes {sorted(shapes)}; expected one base"
+            )
         modules[path] = factor_space.stack([pair for pair, _ in members], [w for _, w in members])
     bases = {adapter.base for adapter in adapters if adapter.base}
     return LoraAdapter(modules, bases.pop() if len(bases) == 1 else "")

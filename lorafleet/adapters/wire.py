@@ -47,7 +47,7 @@ class _Flat:
         """Raises InvalidInputError naming the field that is missing, unknown or of the wrong type."""
         if config.get("schema") != SCHEMA_VERSION:
             raise InvalidInputError(
-                f"found message schema {config.get('schema')!r}, this lorafleet speaks {SCHEMA_VERSION}: update the older side"
+                f"found message schema {config.get('schema')!r}, expected {SCHEMA_VERSION}: update the older side"
             )
         known = {f.name: f for f in fields(cls)}
         if unknown := set(config) - set(known):
@@ -112,7 +112,7 @@ def to_arrays(adapter: LoraAdapter) -> dict[str, FloatArray]:
 
 
 def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], *, base: str = "") -> LoraAdapter:
-    """The inverse of :func:`to_arrays`; raises InvalidInputError on unknown keys, missing halves, shapes, types, NaN."""
+    """The inverse of :func:`to_arrays`; raises InvalidInputError on bad keys, missing halves, shapes, types, NaN."""
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for key, array in arrays.items():
         path, dot, factor = key.rpartition(".")

@@ -14,7 +14,8 @@ SHAPES = [(40, 24), (24, 40), (17, 17), (5, 33)]
 def random_pair(d_out: int, d_in: int, rank: int, seed: int, dtype: torch.dtype = torch.float64) -> LoraPair:
     generator = torch.Generator().manual_seed(seed)
     return LoraPair(
-        torch.randn(rank, d_in, generator=generator, dtype=dtype), torch.randn(d_out, rank, generator=generator, dtype=dtype)
+        torch.randn(rank, d_in, generator=generator, dtype=dtype),
+        torch.randn(d_out, rank, generator=generator, dtype=dtype),
     )
 
 

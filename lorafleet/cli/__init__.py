@@ -1,0 +1,83 @@
+"""The ``lorafleet`` command. Results go to stdout (one JSON document with ``--json``), everything else to stderr.
+
+Exit status: 0, 1 for an error (one line ``error: …``), 2 for a wrong command line. The commands import what they need
+when they run, so that ``--help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from lorafleet import __version__
+from lorafleet.cli import adapters, administration, fleet, requests, serving
+from lorafleet.errors import LorafleetError
+
+
+@dataclass
+class _Invocation:
+    debug: bool = False
+
+
+app = typer.Typer(
+    name="lorafleet",
+    help="LoRA experts trained where the data lives, mixed and served to every tenant from one base model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorafleet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    context.obj.debug = debug
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if not debug:  # our own words, without those of every library
+        logging.getLogger("lorafleet").setLevel(logging.INFO)
+
+
+app.command()(fleet.demo)
+app.command()(serving.serve)
+app.command()(requests.route)
+app.command()(requests.generate)
+app.command()(fleet.aggregate)
+app.add_typer(adapters.app, name="adapter")
+app.add_typer(administration.tenants, name="tenant")
+app.add_typer(administration.database, name="db")
+app.add_typer(fleet.client, name="client")
+app.add_typer(fleet.coordinator, name="coordinator")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command (of ``sys.argv`` by default) and exits the process with its status."""
+    invocation = _Invocation()
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="lorafleet", obj=invocation)
+    except Exception as error:
+        if invocation.debug:
+            raise
+        known = isinstance(error, LorafleetError | OSError)
+        words = str(error) if known else f"{type(error).__name__}: {error} (--debug shows the traceback)"
+        typer.echo(f"error: {' '.join(words.split())}", err=True)
+        sys.exit(1)

@@ -1,0 +1,5 @@
+"""``python -m lorafleet.cli``."""
+
+from lorafleet.cli import main
+
+main()

@@ -1,0 +1,72 @@
+"""``lorafleet tenant …`` and ``lorafleet db …``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorafleet.cli import stores
+from lorafleet.cli.output import JsonFlag, print_json, print_table
+
+tenants = typer.Typer(help="Create and list tenants.", no_args_is_help=True)
+database = typer.Typer(help="Migrate and check a registry's database.", no_args_is_help=True)
+
+
+@tenants.command()
+def create(
+    name: str,
+    registry: stores.RegistryUrl,
+    blobs: stores.BlobFolder,
+    weight: Annotated[float, typer.Option(help="Its fair share relative to other tenants.")] = 1.0,
+    json: JsonFlag = False,
+) -> None:
+    """Create a tenant."""
+    from lorafleet.registry import Registry
+
+    with Registry.open(registry, blobs) as store:
+        tenant = store.create_tenant(name, weight=weight)
+    if json:
+        print_json({"name": tenant.name, "weight": tenant.weight, "created_at": tenant.created_at})
+    else:
+        typer.echo(tenant.name)
+
+
+@tenants.command("list")
+def list_(registry: stores.RegistryUrl, blobs: stores.BlobFolder, json: JsonFlag = False) -> None:
+    """List the tenants."""
+    from lorafleet.registry import Registry
+
+    with Registry.open(registry, blobs) as store:
+        found = store.tenants()
+    if json:
+        print_json([{"name": t.name, "weight": t.weight, "created_at": t.created_at} for t in found])
+    else:
+        print_table(["name", "weight"], [(t.name, t.weight) for t in found])
+
+
+@database.command()
+def upgrade(registry: stores.RegistryUrl, json: JsonFlag = False) -> None:
+    """Bring a database to this version's tables; creates a SQLite file that is missing."""
+    from lorafleet.registry import schema
+
+    revision = schema.upgrade(registry)
+    if json:
+        print_json({"revision": revision})
+    else:
+        typer.echo(f"at revision {revision}")
+
+
+@database.command()
+def check(registry: stores.RegistryUrl, json: JsonFlag = False) -> None:
+    """Compare a database with this version's tables; exits with 1 where they differ."""
+    from lorafleet.registry import schema
+
+    differences = schema.check(registry)
+    if json:
+        print_json({"ok": not differences, "differences": differences})
+    else:
+        for line in differences or ["the database is up to date"]:
+            typer.echo(line)
+    if differences:
+        raise typer.Exit(1)

@@ -1,0 +1,107 @@
+"""``lorafleet route`` and ``lorafleet generate``: calls to a running server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorafleet.cli import stores
+from lorafleet.cli.output import JsonFlag, print_json, print_table
+
+if TYPE_CHECKING:
+    from lorafleet.api_client import GenerateResult
+
+TenantName = Annotated[str, typer.Option("--tenant", help="The tenant to call as.")]
+ServerAddress = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="A server's gRPC address.")]
+Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.001, help="For the whole call.")]
+
+
+def route(
+    text: str,
+    tenant: TenantName,
+    server: ServerAddress = "127.0.0.1:50051",
+    timeout: Timeout = 120.0,
+    json: JsonFlag = False,
+) -> None:
+    """Say which adapters would answer a text, with what weights, and why."""
+    from lorafleet.api_client import RouterClient
+
+    with RouterClient(server, tenant=tenant, timeout_s=timeout) as client:
+        decision = client.route(text)
+    if json:
+        print_json(decision)
+        return
+    print_table(
+        ["candidate", "score", "probability", "weight"],
+        [(c.reference, c.score, c.probability, c.weight) for c in decision.candidates],
+    )
+    typer.echo(f"{decision.router}: {decision.reason}")
+
+
+def generate(
+    text: str,
+    tenant: TenantName,
+    server: ServerAddress = "127.0.0.1:50051",
+    model: Annotated[
+        str, typer.Option(metavar="base|auto|REFERENCE", help="The bare base, the router's choice, or an adapter.")
+    ] = "",
+    mix: Annotated[list[str], typer.Option(metavar="REFERENCE=WEIGHT", help="Instead of a model; repeatable.")] = [],  # noqa: B006
+    max_tokens: Annotated[int | None, typer.Option(min=0, help="(default: the engine's)")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy. (default: the engine's)")] = None,
+    top_p: Annotated[float | None, typer.Option(help="(default: the engine's)")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="0 is all. (default: the engine's)")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling reproducible.")] = None,
+    stop: Annotated[list[str], typer.Option(help="End before this string; repeatable.")] = [],  # noqa: B006
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: the tokens' log-likelihoods.")] = False,
+    timeout: Timeout = 120.0,
+    json: JsonFlag = False,
+) -> None:
+    """Continue a text; prints the continuation as it comes, and what answered on stderr."""
+    from lorafleet.api_client import RouterClient
+
+    weights = {name: _weight(value) for name, value in stores.named_values(mix, form="REFERENCE=WEIGHT")}
+    if len(weights) != len(mix):
+        raise typer.BadParameter("found a reference twice in the mix; add its weights up")
+    with (
+        RouterClient(server, tenant=tenant, timeout_s=timeout) as client,
+        client.stream(
+            text,
+            model=model,
+            mix=weights,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+        ) as stream,
+    ):
+        for chunk in stream:
+            if not json:
+                typer.echo(chunk.text, nl=False)
+        result = stream.result
+    if json:
+        print_json(result)
+    else:
+        typer.echo()
+        typer.echo(_summary(result), err=True)
+
+
+def _weight(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"found the weight {text!r}, expected a number") from None
+
+
+def _summary(result: GenerateResult) -> str:
+    mix = " + ".join(f"{part.weight:g} × {part.reference}" for part in result.mix) or "the bare base"
+    tokens = f"{result.prompt_tokens} prompt and {len(result.token_ids)} generated tokens"
+    lines = [f"{mix} ({tokens}, ended by {result.finish_reason})"]
+    if result.route is not None:
+        lines.append(f"{result.route.router}: {result.route.reason}")
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""``lorafleet serve``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorafleet.cli import stores
+
+if TYPE_CHECKING:
+    from lorafleet.registry import Registry
+
+LOCAL_TENANT = "local"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+def serve(
+    base: Annotated[str, typer.Option(metavar="PATH|tiny", help="The base: a folder in HF format, or a shipped one.")],
+    adapter: Annotated[
+        list[str], typer.Option(metavar="NAME=DIR", help="Serve this folder in PEFT format as local/NAME; repeatable.")
+    ] = [],  # noqa: B006 (Typer never changes a default)
+    registry: Annotated[
+        str | None, typer.Option(metavar="URL", help="Serve this registry. (default: a temporary one, tenant 'local')")
+    ] = None,
+    blobs: Annotated[Path | None, typer.Option(metavar="DIR", help="The registry's weights.")] = None,
+    grpc: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Loopback only; port 0 is a free one.")
+    ] = "127.0.0.1:50051",
+    device: Annotated[Device, typer.Option(help="auto: CUDA where there is a device.")] = Device.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on CUDA, float32 on a CPU.")] = Dtype.auto,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for the model. (default: torch's)")] = None,
+) -> None:
+    """Serve mixtures of adapters over gRPC until SIGTERM or SIGINT.
+
+    Prints one line on stdout when it is ready: listening grpc=HOST:PORT
+    """
+    if (registry is None) != (blobs is None):
+        raise typer.BadParameter("--registry and --blobs belong together: give both or neither")
+    if registry is not None and adapter:
+        raise typer.BadParameter(
+            "--adapter is for a temporary registry; use `lorafleet adapter import` with --registry"
+        )
+    folders = stores.named_values(adapter, form="NAME=DIR")
+    # Until the server has handlers of its own: leave through the clean-up below.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
+
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from lorafleet.engine import Engine
+    from lorafleet.registry import Registry
+    from lorafleet.router_service.server import Server, ServerConfig, loopback_address
+    from lorafleet.router_service.server import serve as serve_until_signal
+
+    loopback_address(grpc)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    kind = dtype.value if dtype is not Dtype.auto else "bfloat16" if _uses_cuda(device) else "float32"
+    with ExitStack() as stack:
+        if registry is None or blobs is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="lorafleet-")))
+            store = stack.enter_context(Registry.open(f"sqlite:///{folder / 'registry.db'}", folder / "blobs"))
+            _fill(store, base, folders)
+        else:
+            store = stack.enter_context(Registry.open(registry, blobs))
+        engine = stack.enter_context(Engine.load(base, device=device.value, dtype=kind))
+        serve_until_signal(Server(engine, store, ServerConfig(address=grpc)))
+
+
+def _uses_cuda(device: Device) -> bool:
+    import torch
+
+    return device is Device.cuda or (device is Device.auto and torch.cuda.is_available())
+
+
+def _fill(registry: Registry, base: str, folders: list[tuple[str, str]]) -> None:
+    from lorafleet.adapters import LoraAdapter
+
+    registry.create_tenant(LOCAL_TENANT)
+    record = stores.register_base(registry, base)
+    for name, folder in folders:
+        stores.import_weights(registry, LOCAL_TENANT, name, LoraAdapter.load(folder), base=record)

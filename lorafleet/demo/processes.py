@@ -1,0 +1,134 @@
+"""The demo's child processes: each in a group of its own, logged to a file, and ended with all its children."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from lorafleet.errors import UnavailableError
+
+# SuperNodes finish what they are sending and tell the SuperLink that they go; ten seconds is many times what they need.
+STOP_TIMEOUT_S = 10.0
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], name: str, log: Path, timeout_s: float = 60.0) -> None:
+    """Return once something accepts connections on a loopback port; raises with the log's end where it never does."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+            return
+        time.sleep(0.1)
+    ended = "ended" if process.poll() is not None else f"did not listen within {timeout_s:.0f} s"
+    raise UnavailableError(f"{name} {ended}; the end of {log}:\n{tail(log)}")
+
+
+def tail(log: Path, lines: int = 12) -> str:
+    text = log.read_text(errors="replace") if log.exists() else ""
+    return "\n".join(text.splitlines()[-lines:])
+
+
+class Processes:
+    """Starts children and, on leaving, ends every one of them and whatever they started."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def log(self, name: str) -> Path:
+        return self._logs / f"{name}.log"
+
+    def start(
+        self, name: str, command: Sequence[str], *, environment: Mapping[str, str], stdout: int | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a child; its output goes to ``NAME.log``, or its stdout to a pipe where ``stdout`` says so."""
+        with self.log(name).open("wb") as log:
+            process = subprocess.Popen(
+                list(command),
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log if stdout is None else stdout,
+                stderr=log,
+                # A group of its own: Ctrl-C reaches the demo alone, which ends its children in order.
+                start_new_session=True,
+            )
+        self._running[name] = process
+        return process
+
+    def check(self) -> None:
+        """Raise where a child has ended on its own."""
+        for name, process in self._running.items():
+            if process.poll() is not None:
+                raise UnavailableError(
+                    f"{name} ended with {process.returncode}; the end of its log:\n{tail(self.log(name))}"
+                )
+
+    def stop(self, *names: str) -> None:
+        """End the named children, or all, in reverse order of their start; by force after a while."""
+        chosen = [name for name in reversed(self._running) if not names or name in names]
+        families = {name: _family(self._running[name]) for name in chosen}
+        for name in chosen:
+            _signal_group(self._running[name], signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for name in chosen:
+            _, alive = psutil.wait_procs(families[name], timeout=max(0.1, deadline - time.monotonic()))
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            _signal_group(self._running[name], signal.SIGKILL)
+            self._running.pop(name).wait()
+
+
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        head = psutil.Process(process.pid)
+        return [head, *head.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+class MemoryMeter:
+    """Peak memory of this process and all its descendants, sampled; shared pages are counted once (PSS)."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+
+    def sample(self) -> None:
+        head = psutil.Process()
+        total = 0
+        for process in [head, *head.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
+                full = process.memory_full_info()
+                total += getattr(full, "pss", full.rss)
+        self.peak_bytes = max(self.peak_bytes, total)

@@ -1,0 +1,327 @@
+"""``lorafleet demo``: the whole loop on one machine, with every part the real one.
+
+Private data → SuperLink, SuperNodes, coordinator, Ray → experts in the registry → the service, with tenants that use
+it while the last round still runs → held-out losses of all arms, asked of the service → the report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from lorafleet.api_client import RouterClient
+from lorafleet.assets import base_path
+from lorafleet.coordinator.clusters import SHARED
+from lorafleet.coordinator.launch import register
+from lorafleet.coordinator.rounds import adapter_name
+from lorafleet.coordinator.settings import CoordinatorConfig
+from lorafleet.coordinator.tree import RayReducer
+from lorafleet.demo import evaluate, fleet, report
+from lorafleet.demo.arms import Arms, main_owner
+from lorafleet.demo.corpora import Corpora, build_corpora
+from lorafleet.demo.exactness import journalled_updates, relative_error
+from lorafleet.demo.processes import MemoryMeter, Processes, tail
+from lorafleet.demo.progress import Progress
+from lorafleet.demo.settings import TENANT, DemoSettings
+from lorafleet.demo.traffic import BackgroundTraffic, Burst, Tally, burst
+from lorafleet.errors import AlreadyExistsError, UnavailableError
+from lorafleet.registry import Federation, Registry, Round, Version
+
+MARKER = ".lorafleet-demo"
+POLL_S = 0.5
+# Each tenant waits this long between two requests: a light load, as training has the machine at the same time.
+TRAFFIC_PAUSE_S = 1.0
+PROMPT_CHARACTERS = 400
+SWAP_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where one run keeps its things, and what it has opened."""
+
+    settings: DemoSettings
+    corpora: Corpora
+    registry_url: str
+    blobs: Path
+    registry: Registry
+    federation: Federation
+    tokenizer: Tokenizer
+
+
+def run_demo(out: Path, *, settings: DemoSettings | None = None, console: Console | None = None) -> bool:
+    """Run the loop, write ``report.json`` and ``report.html`` into ``out``, and say whether every target was met.
+
+    ``out`` may be absent, empty, or hold an earlier demo, which is replaced. Every process that the demo starts ends
+    with it, however it ends.
+    """
+    settings = settings or DemoSettings()
+    console = console or Console(stderr=True)
+    began, meter = time.monotonic(), MemoryMeter()
+    prepare(out)
+    with interruptible(), Progress(console, on_tick=meter.sample) as progress:
+        with progress.step("private data of the owners"):
+            corpora = build_corpora(out / "corpora", seed=settings.seed)
+        found = loop(out, settings, corpora, progress)
+    found = {**found, "peak_memory_bytes": meter.peak_bytes, "seconds": time.monotonic() - began}
+    final, targets = report.with_targets(found)
+    report.write(final, out)
+    report.print_tables(final, targets, console)
+    console.print(f"report: {out / 'report.html'}")
+    return not settings.judged or all(target.met for target in targets)
+
+
+def prepare(out: Path) -> None:
+    """An empty folder with our marker; another program's folder is never emptied."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARKER).exists():
+            raise AlreadyExistsError(f"{out} is not empty and no earlier demo wrote it: name another folder with --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and Ctrl-C both unwind the stack once; what comes after that does not disturb the cleaning up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for later in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(later, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def loop(out: Path, settings: DemoSettings, corpora: Corpora, progress: Progress) -> dict[str, Any]:
+    """Everything between the data and the report; returns the report's figures."""
+    cores = os.cpu_count() or 2
+    with contextlib.ExitStack() as stack:
+        with progress.step("Ray, SuperLink, SuperNodes and the service"):
+            ray = fleet.Ray(cpus=cores)
+            stack.callback(ray.stop)
+            # After Ray's start: it has put the mode of its token authentication into the environment.
+            children = fleet.environment(out / "flwr", threads=1)
+            processes = stack.enter_context(Processes(out / "logs"))
+            superlink = fleet.start_superlink(processes, children)
+            fleet.start_supernodes(processes, superlink, settings, corpora, children)
+            place, toml = open_workplace(out, settings, corpora, ray=ray.address, superlink=superlink)
+            stack.callback(place.registry.close)
+            arms = stack.enter_context(Arms(settings, corpora, out / "arms", workers=cores))
+            coordinator = fleet.start_coordinator(processes, toml, children)
+            arms.start_alone()
+            service = fleet.start_service(
+                processes,
+                settings,
+                registry=place.registry_url,
+                blobs=place.blobs,
+                threads=cores,
+                child_environment=children,
+            )
+        prompts = owners_prompts(corpora, settings.seed)
+        follow_rounds(place, coordinator, processes, progress, until=settings.rounds - 1)
+        with BackgroundTraffic(service, prompts, pause_s=TRAFFIC_PAUSE_S, seed=settings.seed) as traffic:
+            follow_rounds(place, coordinator, processes, progress, until=settings.rounds)
+            with progress.step("the last experts answer, without a restart"):
+                wait_until_answered(traffic.tally, final_digests(place), processes)
+        with progress.step("members evaluate the last experts"):
+            follow_end(coordinator, processes)
+        processes.stop("coordinator", *(f"supernode-{owner.name}" for owner in corpora.owners), "superlink")
+        with progress.step("arms to compare with: fedit, local, centralised"):
+            versions = arms.finish(place.registry, place.federation, processes.check)
+        with progress.step("held-out losses, asked of the service"):
+            losses = measure(place, versions, service)
+        with progress.step("a measured burst of mixtures"):
+            references = [
+                f"{TENANT}/{adapter_name(place.federation.name, label)}" for label in last_report(place)["members"]
+            ]
+            measured = burst(service, prompts, references, requests=settings.burst_requests, seed=settings.seed)
+        with progress.step("exactness of the aggregation"):
+            error = relative_error(journalled_updates(place.registry, place.federation), RayReducer())
+        return {
+            **losses,
+            "aggregation": {"relative_error": error, "truncation_error": last_report(place)["truncation_error"]["max"]},
+            "rounds": [{"round": r.number, **r.report} for r in place.registry.rounds(place.federation)],
+            "owners": owners_figures(place),
+            **serving_figures(traffic.tally, measured),
+            "environment": versions_of_libraries(place),
+        }
+
+
+def open_workplace(
+    out: Path, settings: DemoSettings, corpora: Corpora, *, ray: str, superlink: str
+) -> tuple[Workplace, Path]:
+    """The registry with its tenants, federation and members, and the federation's file."""
+    url, blobs = f"sqlite:///{(out / 'registry.db').resolve()}", (out / "blobs").resolve()
+    toml = out / "federation.toml"
+    toml.write_text(fleet.federation_toml(settings, corpora, registry=url, blobs=blobs, ray=ray, superlink=superlink))
+    registry = Registry.open(url, blobs)
+    federation = register(CoordinatorConfig.load(toml), registry)
+    tokenizer = Tokenizer.from_file(str(base_path(settings.base) / "tokenizer.json"))
+    return Workplace(settings, corpora, url, blobs, registry, federation, tokenizer), toml
+
+
+def committed(place: Workplace) -> list[Round]:
+    return [r for r in place.registry.rounds(place.federation) if r.state == "committed"]
+
+
+def last_report(place: Workplace) -> Mapping[str, Any]:
+    return committed(place)[-1].report
+
+
+def follow_rounds(
+    place: Workplace, coordinator: subprocess.Popen[bytes], processes: Processes, progress: Progress, *, until: int
+) -> None:
+    """Watch the journal until round ``until`` is committed."""
+    members = len(place.corpora.owners)
+    for number in range(len(committed(place)) + 1, until + 1):
+        with progress.step(f"round {number}: updates of {members} members", total=members) as done:
+            while len(committed(place)) < number:
+                if coordinator.poll() is not None:
+                    raise UnavailableError(f"the coordinator ended early:\n{tail(processes.log('coordinator'))}")
+                processes.check()
+                current = [r for r in place.registry.rounds(place.federation) if r.number == number]
+                done(len(place.registry.updates(current[0])) if current else 0)
+                time.sleep(POLL_S)
+
+
+def follow_end(coordinator: subprocess.Popen[bytes], processes: Processes) -> None:
+    code = coordinator.wait(timeout=END_TIMEOUT_S)
+    if code:
+        raise UnavailableError(f"the coordinator ended with {code}:\n{tail(processes.log('coordinator'))}")
+
+
+def final_digests(place: Workplace) -> dict[str, str]:
+    """Expert (``TENANT/NAME``) → digest of what its last round committed."""
+    names = [f"{TENANT}/{adapter_name(place.federation.name, label)}" for label in last_report(place)["members"]]
+    return {name: place.registry.resolve(name).digest for name in names}
+
+
+def wait_until_answered(tally: Tally, digests: Mapping[str, str], processes: Processes) -> None:
+    """Return once every expert that the traffic mixed has answered in its last version, or after a while."""
+    deadline = time.monotonic() + SWAP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        answered = {digest for answer in list(tally.answers) for _, digest, _ in answer.mix}
+        if set(digests.values()) <= answered:
+            return
+        processes.check()
+        time.sleep(POLL_S)
+
+
+def owners_prompts(corpora: Corpora, seed: int) -> dict[str, list[str]]:
+    """Tenant → the beginnings of some of its own held-out texts."""
+    prompts = {}
+    for owner in corpora.owners:
+        texts = [path.read_text() for path in sorted((owner.folder / "held_out").glob("*.txt"))]
+        rng = random.Random(f"{seed}/prompts/{owner.name}")
+        prompts[owner.name] = [text[:PROMPT_CHARACTERS] for text in rng.sample(texts, k=min(8, len(texts)))]
+    return prompts
+
+
+def measure(place: Workplace, arms: Mapping[str, list[Version]], service: str) -> dict[str, Any]:
+    """Losses of every domain under every arm, curves over rounds, and what the router chose."""
+    domains, curves, router = {}, {}, {}
+    assignment, labels = last_report(place)["assignment"], list(last_report(place)["members"])
+    fedit_last = {name.removeprefix("fedit-"): v for name, v in arms.items() if name.startswith("fedit-")}
+    fleet_versions = {
+        label: place.registry.versions(TENANT, adapter_name(place.federation.name, label)) for label in labels
+    }
+    with RouterClient(service, tenant=TENANT) as operator:
+        for domain in place.corpora.domains:
+            main = main_owner(place.corpora, domain.name)
+            chosen = evaluate.windows(domain.held_out, place.tokenizer, place.settings.windows)
+
+            def loss(version: Version | None, chosen: list[evaluate.Window] = chosen) -> float:
+                return evaluate.domain_loss(operator, chosen, {version.reference: 1.0} if version else {}).mean
+
+            own = assignment[main.name]
+            base = loss(None)
+            experts = {label: loss(versions[-1]) for label, versions in fleet_versions.items()}
+            curve = [base, *(loss(version) for version in fleet_versions[own][:-1]), experts[own]]
+            # The other rule may cluster otherwise; where it has no such expert, its shared one answers for the domain.
+            other = [base, *(loss(version) for version in fedit_last.get(own, fedit_last[SHARED]))]
+            with RouterClient(service, tenant=main.name) as tenant:
+                routed = evaluate.routed_loss(tenant, chosen)
+            curves[domain.name] = {"federated": curve, "fedit": other}
+            router[domain.name] = dict(routed.weights)
+            domains[domain.name] = {
+                "base": base,
+                "local": loss(arms[f"local-{domain.name}"][-1]),
+                "fedit": other[-1],
+                "federated": experts[own],
+                "centralised": loss(arms["centralised"][-1]),
+                "routed": routed.loss.mean,
+                "oracle": min(base, *experts.values()),
+            }
+    return {"domains": domains, "curves": curves, "router": router}
+
+
+def owners_figures(place: Workplace) -> list[dict[str, Any]]:
+    assignment = last_report(place)["assignment"]
+    return [
+        {
+            "name": owner.name,
+            "domain": owner.domain,
+            "rank": rank,
+            "train_bytes": owner.train_bytes,
+            "shares": dict(owner.shares),
+            "expert": assignment.get(owner.name, ""),
+        }
+        for owner, rank in zip(place.corpora.owners, place.settings.ranks, strict=True)
+    ]
+
+
+def serving_figures(tally: Tally, measured: Burst) -> dict[str, Any]:
+    """What the tenants' traffic and the burst say about the service."""
+    everything = [*tally.answers, *measured.tally.answers]
+    versions: dict[str, set[str]] = {}
+    dots = []
+    for answer in tally.answers:
+        for reference, digest, _ in answer.mix:
+            name, _, number = reference.partition(":")
+            versions.setdefault(name, set()).add(digest)
+            dots.append([answer.at_s, name, int(number)])
+    errors = [*tally.errors, *measured.tally.errors]
+    return {
+        "serving": {
+            "requests": len(everything),
+            "errors": len(errors),
+            "first_errors": errors[:3],
+            "tenants": len({answer.tenant for answer in everything}),
+            "distinct_mixes": len({answer.mix for answer in everything}),
+            "tokens_per_second": measured.tokens_per_second,
+            "swaps_while_serving": sum(len(digests) > 1 for digests in versions.values()),
+            "digests_while_serving": {name: sorted(digests) for name, digests in sorted(versions.items())},
+        },
+        "traffic": {"versions": dots, "tokens": [[answer.at_s, answer.tokens] for answer in tally.answers]},
+    }
+
+
+def versions_of_libraries(place: Workplace) -> dict[str, str]:
+    names = ("lorafleet", "torch", "transformers", "peft", "flwr", "ray", "grpcio", "sqlalchemy")
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "base": place.federation.base_digest,
+        **{name: importlib.metadata.version(name) for name in names},
+    }

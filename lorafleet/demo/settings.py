@@ -1,0 +1,41 @@
+"""What one demo run is: sizes and seeds. The defaults are the full demo; tests run a smaller one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lorafleet.coordinator.settings import FederationSettings, Training
+
+TENANT = "operator"
+FEDERATION = "fleet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    seed: int = 7
+    base: str = "tiny"
+    ranks: tuple[int, ...] = (4, 8, 16, 32, 32, 16, 8, 4)
+    """One SuperNode an owner, at the rank that its hardware affords."""
+    rounds: int = 3
+    expert_rank: int = 32
+    training: Training = field(default_factory=lambda: Training(steps=16))
+    windows: int = 24
+    """Held-out windows a domain."""
+    burst_requests: int = 64
+    judged: bool = True
+    """Whether missed targets make the run fail; a shortened run has none to keep."""
+
+    def federation(self, rule: str = "exact") -> FederationSettings:
+        """The agreement of all arms that differ in the rule only."""
+        return FederationSettings(
+            tenant=TENANT,
+            name=FEDERATION,
+            base=self.base,
+            rounds=self.rounds,
+            rule=rule,
+            quorum=max(2, len(self.ranks) // 2),
+            deadline_s=180.0,
+            expert_rank=self.expert_rank,
+            seed=self.seed,
+            training=self.training,
+        )

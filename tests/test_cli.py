@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorafleet.adapters import LoraAdapter, weighted_sum
+from lorafleet.assets import base_digest
+from lorafleet.cli import main
+from lorafleet.engine import Engine
+from lorafleet.registry import Registry
+from lorafleet.router_service.server import Server
+from tests.router_service.models import random_adapter, write_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("cli") / "small-base")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders in PEFT format, of ranks 2 and 5."""
+    folder = tmp_path_factory.mktemp("cli-adapters")
+    folders = {}
+    for name, rank in (("low", 2), ("high", 5)):
+        folders[name] = folder / name
+        random_adapter(base, rank=rank, seed=rank).save(folders[name])
+    return folders
+
+
+class Store:
+    """A registry's two options, and the registry itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url, self.blobs = f"sqlite:///{folder / 'fleet.db'}", folder / "blobs"
+        self.options = ["--registry", self.url, "--blobs", str(self.blobs)]
+
+    def open(self) -> Registry:
+        return Registry.open(self.url, self.blobs)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+class Command:
+    """Runs ``lorafleet`` in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str | Path, status: int = 0) -> tuple[str, str]:
+        """Standard output and standard error of a command that exits with ``status``."""
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        out, err = self._capsys.readouterr()
+        assert (end.value.code or 0) == status, err
+        return out, err
+
+    def json(self, *arguments: str | Path) -> Any:
+        return json.loads(self(*arguments, "--json")[0])
+
+
+@pytest.fixture
+def lorafleet(capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(capsys)
+
+
+# Behaviour of every command
+
+
+def test_help_names_the_commands_and_loads_no_model_code() -> None:
+    code = (
+        "import sys\nfrom lorafleet.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "loaded = [m for m in ('torch', 'transformers', 'flwr', 'ray', 'sqlalchemy', 'grpc') if m in sys.modules]\n"
+        "print('loaded', loaded)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in ("demo", "serve", "route", "generate", "aggregate", "adapter", "tenant", "db", "client", "coordinator"):
+        assert re.search(rf"\b{name}\b", result.stdout)
+    assert result.stdout.splitlines()[-1] == "loaded []"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo"], ["serve"], ["route"], ["generate"], ["aggregate"], ["adapter", "import"], ["adapter", "list"],
+        ["adapter", "show"], ["adapter", "export"], ["tenant", "create"], ["tenant", "list"], ["db", "upgrade"],
+        ["db", "check"], ["client", "join"], ["coordinator", "run"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_every_command_has_help(lorafleet: Command, command: list[str]) -> None:
+    out, _ = lorafleet(*command, "--help")
+    assert " ".join(["Usage: lorafleet", *command]) in out
+
+
+def test_an_error_is_one_line_on_stderr(lorafleet: Command, store: Store) -> None:
+    out, err = lorafleet("adapter", "show", "acme/nothing", *store.options, status=1)
+    assert out == ""
+    assert re.fullmatch(r"error: .*acme/nothing.*\n", err)
+
+
+def test_debug_shows_the_traceback(store: Store) -> None:
+    command = [sys.executable, "-m", "lorafleet.cli", "--debug", "adapter", "show", "a/b", *store.options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr and "NotFoundError" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve"],
+        ["nothing"],
+        ["serve", "--base", "tiny", "--adapter", "no-folder"],
+        ["serve", "--base", "tiny", "--registry", "sqlite:///x.db"],
+        ["serve", "--base", "tiny", "--registry", "sqlite:///x.db", "--blobs", "b", "--adapter", "a=b"],
+        ["generate", "text", "--tenant", "acme", "--mix", "acme/a"],
+        ["generate", "text", "--tenant", "acme", "--mix", "acme/a=heavy"],
+        ["generate", "text", "--tenant", "acme", "--mix", "acme/a=1", "--mix", "acme/a=2"],
+        ["aggregate", "--rule", "exact", "--out", "x", "a=1", "b"],
+        ["aggregate", "--rule", "exact", "--out", "x", "a", "a"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_exits_with_2(lorafleet: Command, arguments: list[str]) -> None:
+    out, err = lorafleet(*arguments, status=2)
+    assert out == "" and "Error" in err
+
+
+# Registry
+
+
+def test_tenants_are_created_and_listed(lorafleet: Command, store: Store) -> None:
+    assert lorafleet.json("tenant", "create", "acme", "--weight", "2", *store.options)["weight"] == 2.0
+    lorafleet("tenant", "create", "beta", *store.options)
+    assert [tenant["name"] for tenant in lorafleet.json("tenant", "list", *store.options)] == ["acme", "beta"]
+    assert "acme" in lorafleet("tenant", "list", *store.options)[0]
+    assert "already" in lorafleet("tenant", "create", "acme", *store.options, status=1)[1]
+
+
+def test_an_adapter_goes_in_and_comes_out_unchanged(
+    lorafleet: Command, store: Store, base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    lorafleet("tenant", "create", "acme", *store.options)
+    command = ("adapter", "import", "acme/sql", adapters["low"], "--base", base, *store.options)
+    first = lorafleet.json(*command)
+    digest = LoraAdapter.load(adapters["low"]).digest
+    assert (first["reference"], first["digest"], first["rank"]) == ("acme/sql:1", digest, 2)
+    assert lorafleet.json(*command)["reference"] == "acme/sql:2"
+
+    listed = lorafleet.json("adapter", "list", "--tenant", "acme", *store.options)
+    assert [row["reference"] for row in listed] == ["acme/sql:1", "acme/sql:2"]
+    assert digest in lorafleet("adapter", "list", "--tenant", "acme", *store.options)[0]
+
+    shown = lorafleet.json("adapter", "show", "acme/sql", *store.options)
+    assert (shown["reference"], shown["state"], shown["base"]) == ("acme/sql:2", "staged", base_digest(base))
+    assert (shown["lineage"], shown["evaluations"]) == (None, [])
+
+    out = tmp_path / "exported"
+    assert lorafleet.json("adapter", "export", "acme/sql:1", "--out", out, *store.options)["digest"] == digest
+    assert LoraAdapter.load(out).digest == digest
+
+
+def test_show_tells_where_an_expert_comes_from(
+    lorafleet: Command, store: Store, base: Path, adapters: dict[str, Path]
+) -> None:
+    from lorafleet.registry import NewExpert
+
+    with store.open() as registry:
+        registry.create_tenant("acme")
+        registry.register_base("small", base_digest(base), architecture="LlamaForCausalLM", parameters=1)
+        federation = registry.create_federation("acme", "fed", base="small", settings={})
+        opened = registry.open_round(federation, 1)
+        expert = NewExpert("shared", LoraAdapter.load(adapters["low"]), rule="exact", parents=())
+        (version,) = registry.commit_round(opened, [expert], report={})
+        registry.add_member(federation, "m", tenant="acme")
+        registry.record_evaluation(version, member="m", loss=1.25, tokens=1000)
+    shown = lorafleet.json("adapter", "show", "acme/shared", *store.options)
+    assert (shown["lineage"]["federation"], shown["lineage"]["round"], shown["lineage"]["rule"]) == ("fed", 1, "exact")
+    assert shown["evaluations"][0]["loss"] == 1.25
+    assert "1.2500" in lorafleet("adapter", "show", "acme/shared", *store.options)[0]
+    (row,) = lorafleet.json("adapter", "list", "--tenant", "acme", *store.options)
+    assert row["aliases"] == ["champion"]
+
+
+def test_importing_to_a_numbered_reference_is_refused(
+    lorafleet: Command, store: Store, adapters: dict[str, Path]
+) -> None:
+    command = ("adapter", "import", "acme/sql:3", adapters["low"], "--base", "tiny", *store.options)
+    assert "expected TENANT/ADAPTER" in " ".join(lorafleet(*command, status=2)[1].split())
+
+
+def test_a_database_is_upgraded_and_checked(lorafleet: Command, store: Store) -> None:
+    fresh = lorafleet("db", "check", "--registry", store.url, "--json", status=1)[0]
+    assert json.loads(fresh)["ok"] is False
+    assert lorafleet.json("db", "upgrade", "--registry", store.url)["revision"]
+    assert lorafleet.json("db", "check", "--registry", store.url) == {"ok": True, "differences": []}
+
+
+# Aggregation
+
+
+def test_aggregation_is_the_weighted_sum_of_the_products(
+    lorafleet: Command, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "joint"
+    low, high = adapters["low"], adapters["high"]
+    result = lorafleet.json("aggregate", "--rule", "exact", "--out", out, f"{low}=0.25", f"{high}=2")
+    joint = LoraAdapter.load(out)
+    assert (result["digest"], result["rank"]) == (joint.digest, 7)
+    expected = weighted_sum([LoraAdapter.load(low), LoraAdapter.load(high)], [0.25, 2.0])
+    for path in expected.modules:
+        torch.testing.assert_close(joint.delta(path), expected.delta(path), rtol=1e-5, atol=1e-5)
+
+
+def test_aggregation_without_weights_is_the_mean_and_compresses_to_a_rank(
+    lorafleet: Command, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "mean"
+    result = lorafleet.json("aggregate", "--rule", "exact", "--out", out, "--rank", "3", *adapters.values())
+    assert list(result["weights"].values()) == [0.5, 0.5]
+    assert LoraAdapter.load(out).rank == result["rank"] == 3
+    assert 0 < result["largest_relative_error"] < 1
+
+
+def test_an_unknown_rule_is_answered_with_the_known_ones(lorafleet: Command, adapters: dict[str, Path]) -> None:
+    _, err = lorafleet("aggregate", "--rule", "magic", "--out", "x", adapters["low"], status=1)
+    assert "unknown rule 'magic'" in err and "exact" in err
+
+
+# Federations: that the commands reach their parts; the parts have tests of their own
+
+
+def test_joining_with_data_that_is_not_there_is_an_error(lorafleet: Command, tmp_path: Path) -> None:
+    data = tmp_path / "nothing"
+    command = ("client", "join", "--superlink", "127.0.0.1:1", "--data", data, "--member", "m", "--insecure")
+    assert re.match(r"error: .*nothing", lorafleet(*command, status=1)[1])
+
+
+def test_a_federation_file_that_is_not_there_is_an_error(lorafleet: Command, tmp_path: Path) -> None:
+    assert re.match(r"error: .*none\.toml", lorafleet("coordinator", "run", tmp_path / "none.toml", status=1)[1])
+
+
+def test_the_demo_leaves_folders_of_others_alone(lorafleet: Command, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "is not empty" in lorafleet("demo", "--out", tmp_path, status=1)[1]
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+# A running server
+
+
+@pytest.fixture
+def server(base: Path, adapters: dict[str, Path], store: Store) -> Iterator[Server]:
+    torch.set_num_threads(1)
+    with store.open() as registry, Engine.load(base, dtype="float32", max_sequences=4) as engine:
+        registry.create_tenant("acme")
+        registry.register_base("small", engine.base_digest, architecture="LlamaForCausalLM", parameters=1)
+        for name, folder in adapters.items():
+            registry.create_adapter("acme", name, base="small")
+            registry.add_version("acme", name, LoraAdapter.load(folder))
+        server = Server(engine, registry)
+        server.start()
+        yield server
+        server.stop()
+
+
+def test_generate_and_route_ask_the_server(lorafleet: Command, server: Server) -> None:
+    options = ("--tenant", "acme", "--server", server.address)
+    text = ("generate", "hello", *options, "--max-tokens", "6", "--mix", "acme/low=0.5", "--mix", "acme/high=0.25")
+    result = lorafleet.json(*text, "--logprobs")
+    assert len(result["token_ids"]) == len(result["logprobs"]) == 6
+    assert {part["reference"]: part["weight"] for part in result["mix"]} == {"acme/low:1": 0.5, "acme/high:1": 0.25}
+    out, err = lorafleet(*text)
+    assert out == result["text"] + "\n"
+    assert "0.5 × acme/low:1" in err and "6 generated tokens" in err
+
+    decision = lorafleet.json("route", "hello", *options)
+    assert {candidate["reference"] for candidate in decision["candidates"]} == {"acme/low:1", "acme/high:1", "base"}
+    out, _ = lorafleet("route", "hello", *options)
+    assert out.splitlines()[-1] == f"likelihood: {decision['reason']}"
+
+    _, err = lorafleet("generate", "hello", *options, "--max-tokens", "2", "--model", "auto")
+    assert decision["reason"] in err
+    _, err = lorafleet("generate", "hello", *options, "--model", "rival/secret", status=1)
+    assert "not there, or is not yours" in err
+
+
+@contextmanager
+def serving(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """``lorafleet serve`` as a process, and the address that it printed."""
+    command = [sys.executable, "-m", "lorafleet.cli", "serve", "--grpc", "127.0.0.1:0", "--threads", "1"]
+    with subprocess.Popen(
+        [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            address = re.fullmatch(r"listening grpc=(127\.0\.0\.1:\d+)\n", line)
+            assert address, f"{line!r}: {process.stderr.read() if process.stderr else ''}"
+            yield process, address[1]
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+@pytest.mark.process
+def test_serve_with_a_temporary_registry_until_sigterm(
+    lorafleet: Command, base: Path, adapters: dict[str, Path]
+) -> None:
+    with serving("--base", base, "--adapter", f"low={adapters['low']}") as (process, address):
+        options = ("--tenant", "local", "--server", address)
+        result = lorafleet.json("generate", "hello", *options, "--model", "local/low", "--max-tokens", "3")
+        assert result["mix"][0]["digest"] == LoraAdapter.load(adapters["low"]).digest
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert out == "" and "Traceback" not in err
+
+
+@pytest.mark.process
+def test_serve_follows_a_registry_that_others_write_to(
+    lorafleet: Command, base: Path, adapters: dict[str, Path], store: Store
+) -> None:
+    lorafleet("tenant", "create", "acme", *store.options)
+    with serving("--base", base, *store.options) as (_, address):
+        lorafleet("adapter", "import", "acme/sql", adapters["high"], "--base", base, *store.options)
+        options = ("--tenant", "acme", "--server", address)
+        result = lorafleet.json("generate", "hello", *options, "--model", "acme/sql", "--max-tokens", "3")
+        assert result["mix"][0]["reference"] == "acme/sql:1"
+
+
+def test_serve_refuses_to_listen_beyond_loopback(lorafleet: Command, base: Path) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        _, err = lorafleet("serve", "--base", base, "--grpc", "0.0.0.0:50051", status=1)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "loopback" in err

@@ -18,6 +18,7 @@ from typing import Any
 from lorafleet.adapters import LoraAdapter
 from lorafleet.adapters.wire import TrainOrder
 from lorafleet.coordinator.clusters import SHARED, assign
+from lorafleet.coordinator.dispatch import Dispatch
 from lorafleet.coordinator.experts import MemberUpdate, NextExpert, full_update, next_experts
 from lorafleet.coordinator.schedulers import get_scheduler
 from lorafleet.coordinator.settings import FederationSettings
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # A member's claim about its held-out share; more is no claim that anybody should believe or store.
 MAX_HELD_OUT_TOKENS = 10**12
+# The longest wait for a reply before the scheduler is asked again.
+MAX_WAIT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,10 @@ class Standing:
     versions: Mapping[str, Version] = field(default_factory=dict)
 
 
-def run_federation(
-    settings: FederationSettings, federation: Federation, parts: Parts, *, final_evaluation: bool = True
-) -> Standing:
+def run_federation(settings: FederationSettings, federation: Federation, parts: Parts) -> Standing:
     """Run or resume all rounds of a federation; returns where it stands after the last one.
 
-    Members measure each expert when they get it to train on; the last round's are measured by a task of their own,
-    unless ``final_evaluation`` is off. Raises UnavailableError where fewer members than the quorum are here.
+    Raises UnavailableError where fewer members than the quorum are here, or a round had to be abandoned.
     """
     standing = resume(settings, federation, parts.registry)
     if standing.round:
@@ -70,7 +70,7 @@ def run_federation(
     members = join_members(settings, federation, parts)
     while standing.round < settings.rounds:
         standing = run_round(settings, federation, parts, standing, members)
-    if final_evaluation:
+    if settings.evaluate_last:
         evaluate(settings, parts, standing, members)
     return standing
 
@@ -159,19 +159,16 @@ def run_round(
         m: train_order(settings, standing, number, m, parts.base_digest, steps=settings.training.steps) for m in chosen
     }
     journaled = {update.member for update in parts.registry.updates(current, accepted_only=False)}
-    waiting = {m: order for m, order in orders.items() if m not in journaled}
-    log.info("round %d: %d members, %d already in the journal", number, len(chosen), len(chosen) - len(waiting))
-    parts.transport.send(waiting)
+    log.info("round %d: %d members, %d already in the journal", number, len(chosen), len(journaled & orders.keys()))
+    dispatch = Dispatch(parts.transport, {m: orders[m] for m in chosen if m not in journaled}, settings.at_once)
     while True:
         accepted = len(parts.registry.updates(current))
         elapsed = parts.clock() - started
-        verdict = scheduler.verdict(accepted=accepted, outstanding=len(waiting), elapsed_s=elapsed)
+        verdict = scheduler.verdict(accepted=accepted, outstanding=dispatch.outstanding, elapsed_s=elapsed)
         if verdict != "wait":
             break
-        for reply in parts.transport.receive(timeout_s=min(5.0, settings.deadline_s - elapsed)):
-            order = waiting.pop(reply.member, None)
-            if order is not None:
-                journal_reply(settings, parts, standing, current, order, reply)
+        for order, reply in dispatch.receive(timeout_s=min(MAX_WAIT_S, settings.deadline_s - elapsed)):
+            journal_reply(settings, parts, standing, current, order, reply)
     parts.transport.forget()
     if verdict == "abandon":
         reason = f"{accepted} accepted updates at the deadline, the quorum is {settings.quorum}"
@@ -321,13 +318,9 @@ def evaluate(
     orders = {
         m: train_order(settings, standing, standing.round + 1, m, parts.base_digest, steps=0) for m in sorted(members)
     }
-    waiting, losses, started = dict(orders), dict[str, float](), parts.clock()
-    parts.transport.send(orders)
-    while waiting and (left := settings.deadline_s - (parts.clock() - started)) > 0:
-        for reply in parts.transport.receive(timeout_s=min(5.0, left)):
-            order = waiting.pop(reply.member, None)
-            if order is None:
-                continue
+    dispatch, losses, started = Dispatch(parts.transport, orders, settings.at_once), dict[str, float](), parts.clock()
+    while dispatch.outstanding and (left := settings.deadline_s - (parts.clock() - started)) > 0:
+        for order, reply in dispatch.receive(timeout_s=min(MAX_WAIT_S, left)):
             try:
                 if reply.error:
                     raise RejectedUpdateError("failed", reply.error)

@@ -38,6 +38,10 @@ class FederationSettings:
     scheduler: str = "sync"
     quorum: int = 2
     deadline_s: float = 600.0
+    at_once: int = 0
+    """Members that work at the same time; 0 lets all of them."""
+    evaluate_last: bool = True
+    """Members measure each expert when they get it to train on; this asks them for the last round's, too."""
     expert_rank: int = 32
     min_cluster_size: int = 2
     """Smaller clusters fall to the shared expert, so that no expert is one owner's data in disguise."""
@@ -48,7 +52,7 @@ class FederationSettings:
     def __post_init__(self) -> None:
         get_rule(self.rule)
         get_scheduler(self.scheduler)
-        for name, least in (("rounds", 1), ("quorum", 1), ("expert_rank", 1), ("min_cluster_size", 2)):
+        for name, least in (("rounds", 1), ("at_once", 0), ("quorum", 1), ("expert_rank", 1), ("min_cluster_size", 2)):
             if getattr(self, name) < least:
                 raise InvalidInputError(f"federation.{name} is {getattr(self, name)}, expected at least {least}")
         if not self.deadline_s > 0:

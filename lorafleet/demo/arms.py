@@ -104,7 +104,7 @@ class Arms:
             for name in members:
                 own.add_member(twin, name, tenant=name)
             parts = Parts(own, transport, LocalReducer(), base.digest, base_shapes(base_path(settings.base)))
-            run_federation(settings, twin, parts, final_evaluation=False)
+            run_federation(settings, twin, parts)
             return {
                 f"fedit-{adapter.name.removeprefix(f'{settings.name}-')}": [
                     own.load(version) for version in own.versions(TENANT, adapter.name)

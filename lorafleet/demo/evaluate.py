@@ -17,9 +17,11 @@ from tokenizers import Tokenizer
 
 from lorafleet.api_client import RouteDecision, RouterClient
 
-# About 300 tokens a window on the demo's texts, of a context of 512; a third of them is prompt.
+# About 270 tokens a window on the demo's texts; a third of them is prompt.
 WINDOW_CHARACTERS = 900
 PROMPT_CHARACTERS = 300
+# Texts that the tokenizer knows badly are cut here: they have to fit into a context of 512 tokens.
+MAX_WINDOW_TOKENS = 400
 # The service scores what is in flight in one batch.
 CALLS_AT_ONCE = 8
 
@@ -56,6 +58,8 @@ def windows(folder: Path, tokenizer: Tokenizer, limit: int) -> list[Window]:
         text = path.read_text()
         for start in range(0, len(text) - WINDOW_CHARACTERS, WINDOW_CHARACTERS):
             piece = text[start : start + WINDOW_CHARACTERS]
+            offsets = tokenizer.encode(piece).offsets
+            piece = piece[: offsets[min(MAX_WINDOW_TOKENS, len(offsets)) - 1][1]]
             cut = piece.rfind("\n", PROMPT_CHARACTERS // 2, PROMPT_CHARACTERS) + 1 or PROMPT_CHARACTERS
             found.append(Window(piece[:cut], piece, len(tokenizer.encode(piece[:cut]).ids)))
     step = max(1, len(found) // limit)

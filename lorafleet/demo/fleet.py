@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lorafleet.coordinator.launch import flower_environment
 from lorafleet.demo.corpora import Corpora
-from lorafleet.demo.processes import Processes, free_port, wait_for_port
+from lorafleet.demo.processes import Processes, free_port, tail, wait_for_port
 from lorafleet.demo.settings import TENANT, DemoSettings
 from lorafleet.errors import UnavailableError
 
@@ -48,7 +48,13 @@ class Ray:
 def environment(home: Path, threads: int) -> dict[str, str]:
     """For every child: Flower offline, and as many threads as its share of the cores."""
     home.mkdir(parents=True, exist_ok=True)
-    return {**flower_environment(home), "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **flower_environment(home),
+        "OMP_NUM_THREADS": str(threads),
+        # Many processes share the cores: a thread that spins at a barrier takes them from the others.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def federation_toml(
@@ -68,6 +74,8 @@ rule = "{agreed.rule}"
 scheduler = "{agreed.scheduler}"
 quorum = {agreed.quorum}
 deadline_s = {agreed.deadline_s}
+at_once = {agreed.at_once}
+evaluate_last = {str(agreed.evaluate_last).lower()}
 expert_rank = {agreed.expert_rank}
 seed = {agreed.seed}
 
@@ -125,18 +133,22 @@ def start_service(
     blobs: Path,
     child_environment: dict[str, str],
     threads: int,
-) -> str:
-    """``lorafleet serve`` on a free port; returns the address that it prints."""
+) -> subprocess.Popen[bytes]:
+    """``lorafleet serve`` on a free port, which :func:`service_address` waits for."""
     command = [
         _script("lorafleet"), "serve", "--base", settings.base, "--registry", registry, "--blobs", str(blobs),
         "--grpc", "127.0.0.1:0", "--dtype", "float32", "--threads", str(threads),
     ]  # fmt: skip
-    process = processes.start("service", command, environment=child_environment, stdout=subprocess.PIPE)
+    return processes.start("service", command, environment=child_environment, stdout=subprocess.PIPE)
+
+
+def service_address(process: subprocess.Popen[bytes], log: Path) -> str:
+    """The address that the service prints once it listens; raises with its last words where it ends instead."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(b"listening grpc="):
             return line.decode().strip().removeprefix("listening grpc=")
-    raise UnavailableError(f"the service did not start; see {processes.log('service')}")
+    raise UnavailableError(f"the service did not start; the end of its log:\n{tail(log)}")
 
 
 def _script(name: str) -> str:

@@ -45,7 +45,7 @@ from lorafleet.registry import Federation, Registry, Round, Version
 MARKER = ".lorafleet-demo"
 POLL_S = 0.5
 # Each tenant waits this long between two requests: a light load, as training has the machine at the same time.
-TRAFFIC_PAUSE_S = 1.0
+TRAFFIC_PAUSE_S = 2.0
 PROMPT_CHARACTERS = 400
 SWAP_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 120.0
@@ -130,7 +130,7 @@ def loop(out: Path, settings: DemoSettings, corpora: Corpora, progress: Progress
             arms = stack.enter_context(Arms(settings, corpora, out / "arms", workers=cores))
             coordinator = fleet.start_coordinator(processes, toml, children)
             arms.start_alone()
-            service = fleet.start_service(
+            server = fleet.start_service(
                 processes,
                 settings,
                 registry=place.registry_url,
@@ -140,12 +140,12 @@ def loop(out: Path, settings: DemoSettings, corpora: Corpora, progress: Progress
             )
         prompts = owners_prompts(corpora, settings.seed)
         follow_rounds(place, coordinator, processes, progress, until=settings.rounds - 1)
+        service = fleet.service_address(server, processes.log("service"))
         with BackgroundTraffic(service, prompts, pause_s=TRAFFIC_PAUSE_S, seed=settings.seed) as traffic:
             follow_rounds(place, coordinator, processes, progress, until=settings.rounds)
             with progress.step("the last experts answer, without a restart"):
                 wait_until_answered(traffic.tally, final_digests(place), processes)
-        with progress.step("members evaluate the last experts"):
-            follow_end(coordinator, processes)
+        follow_end(coordinator, processes)
         processes.stop("coordinator", *(f"supernode-{owner.name}" for owner in corpora.owners), "superlink")
         with progress.step("arms to compare with: fedit, local, centralised"):
             versions = arms.finish(place.registry, place.federation, processes.check)

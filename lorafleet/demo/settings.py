@@ -18,7 +18,9 @@ class DemoSettings:
     """One SuperNode an owner, at the rank that its hardware affords."""
     rounds: int = 3
     expert_rank: int = 32
-    training: Training = field(default_factory=lambda: Training(steps=16))
+    at_once: int = 3
+    """SuperNodes that train at the same time: each task takes 0.7 GB, and more of them than cores only share caches."""
+    training: Training = field(default_factory=lambda: Training(steps=16, batch_size=4))
     windows: int = 24
     """Held-out windows a domain."""
     burst_requests: int = 64
@@ -35,6 +37,9 @@ class DemoSettings:
             rule=rule,
             quorum=max(2, len(self.ranks) // 2),
             deadline_s=180.0,
+            at_once=self.at_once,
+            # The service is asked for every expert's loss anyway, and each task costs seconds of imports.
+            evaluate_last=False,
             expert_rank=self.expert_rank,
             seed=self.seed,
             training=self.training,

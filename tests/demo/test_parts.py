@@ -35,7 +35,8 @@ def test_windows_are_prompt_and_text_and_skip_the_prompts_tokens(tmp_path: Path)
     assert len(found) == 5
     for window in found:
         assert window.text.startswith(window.prompt) and window.prompt.endswith("\n")
-        assert len(window.text) == evaluate.WINDOW_CHARACTERS
+        assert len(window.text) <= evaluate.WINDOW_CHARACTERS
+        assert len(tokenizer.encode(window.text).ids) <= evaluate.MAX_WINDOW_TOKENS + 1
         assert window.skip == len(tokenizer.encode(window.prompt).ids)
         assert window.skip < len(tokenizer.encode(window.text).ids)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,8 @@ def demo(
     """
     from lorafleet.demo.run import run_demo
 
+    # The demo shows its own progress; the arms that it trains beside would log every update.
+    logging.getLogger("lorafleet").setLevel(logging.WARNING)
     if not run_demo(out):
         raise typer.Exit(1)
 

@@ -78,8 +78,8 @@ class FlowerTransport:
         if message.has_error():
             log.warning("node %d does not say who it is: %s", message.metadata.src_node_id, message.error.reason)
             return None
-        header = message.content.config_records.get(HEADER_SECTION)
-        key, rank, examples = ((header or {}).get(name) for name in ("member", "rank", "num_examples"))
+        header = message.content.config_records.get(HEADER_SECTION, ConfigRecord())
+        key, rank, examples = (header.get(name) for name in ("member", "rank", "num_examples"))
         if not isinstance(key, str) or not isinstance(rank, int) or not isinstance(examples, int):
             log.warning("node %d answers without member, rank and num_examples", message.metadata.src_node_id)
             return None

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorafleet.coordinator.rules import get_rule
 from lorafleet.coordinator.schedulers import get_scheduler
 from lorafleet.coordinator.validation import UpdatePolicy
 from lorafleet.errors import InvalidInputError, NotFoundError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,9 @@ class CoordinatorConfig:
         return _build(cls, {**coordinator, "federation": built, "members": values.get("members", {})}, "coordinator")
 
 
-def _build(cls: Any, values: Mapping[str, Any], table: str) -> Any:
+def _build(cls: type[T], values: Mapping[str, Any], table: str) -> T:
+    """An instance of a settings dataclass from a table of the file."""
+    assert is_dataclass(cls)
     known = {f.name for f in fields(cls)}
     if unknown := set(values) - known:
         raise InvalidInputError(

@@ -76,7 +76,7 @@ def run_demo(out: Path, *, settings: DemoSettings | None = None, console: Consol
     prepare(out)
     with interruptible(), Progress(console, on_tick=meter.sample) as progress:
         with progress.step("private data of the owners"):
-            corpora = build_corpora(out / "corpora", seed=settings.seed)
+            corpora = build_corpora(out / "corpora", seed=settings.seed).of_domains(settings.domains)
         found = loop(out, settings, corpora, progress)
     found = {**found, "peak_memory_bytes": meter.peak_bytes, "seconds": time.monotonic() - began}
     final, targets = report.with_targets(found)

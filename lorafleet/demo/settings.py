@@ -14,14 +14,16 @@ FEDERATION = "fleet"
 class DemoSettings:
     seed: int = 7
     base: str = "tiny"
-    ranks: tuple[int, ...] = (4, 8, 16, 32, 32, 16, 8, 4)
+    domains: tuple[str, ...] = ("cpp", "prose", "sql")
+    """Whose owners take part: two owners have each domain as their main one, and some text of the others."""
+    ranks: tuple[int, ...] = (16, 8, 32, 32, 4, 16)
     """One SuperNode an owner, at the rank that its hardware affords."""
     rounds: int = 3
     expert_rank: int = 32
     at_once: int = 3
     """SuperNodes that train at the same time: each task takes 0.7 GB, and more of them than cores only share caches."""
-    training: Training = field(default_factory=lambda: Training(steps=16, batch_size=4))
-    windows: int = 24
+    training: Training = field(default_factory=lambda: Training(steps=24, batch_size=4))
+    windows: int = 20
     """Held-out windows a domain."""
     burst_requests: int = 64
     judged: bool = True

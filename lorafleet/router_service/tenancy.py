@@ -30,7 +30,7 @@ def named_tenant(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     return found[0]
 
 
-class TenantInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stubs only
+class TenantInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc ships no types
     """Lets a call through only when it names a tenant that the registry knows.
 
     The check runs on the call's own thread: gRPC asks interceptors on the one thread that takes in all calls, where a

@@ -63,16 +63,16 @@ def test_the_loop_closes_and_is_reported(finished: tuple[Path, str, int]) -> Non
     folder, said, code = finished
     assert code == 0, said
     report = json.loads((folder / "out" / "report.json").read_text())
-    assert set(report["domains"]) == {"cpp", "math", "prose", "sql"}
+    assert set(report["domains"]) == {"cpp", "prose", "sql"}
     arms = {"base", "local", "fedit", "federated", "centralised", "routed", "oracle"}
     assert all(set(row) == arms and all(0 < loss < 12 for loss in row.values()) for row in report["domains"].values())
     assert report["aggregation"]["relative_error"] <= 1e-5
     assert [r["round"] for r in report["rounds"]] == [1, 2]
-    assert len(report["rounds"][1]["updates"]) == 8
+    assert len(report["rounds"][1]["updates"]) == 6
     assert {u["rank"] for u in report["rounds"][0]["updates"].values()} == {4, 8, 16, 32}
     serving = report["serving"]
     assert serving["errors"] == 0, serving["first_errors"]
-    assert serving["tenants"] == 8
+    assert serving["tenants"] == 6
     assert serving["distinct_mixes"] >= 10
     assert serving["swaps_while_serving"] >= 1
     assert (folder / "out" / "report.html").stat().st_size > 10_000
@@ -93,7 +93,7 @@ def test_experts_load_with_peft_and_answer_as_the_report_says(finished: tuple[Pa
     out = finished[0] / "out"
     with Registry.open(f"sqlite:///{out / 'registry.db'}", out / "blobs") as registry:
         live = registry.live("operator")
-        assert len(live) >= 6
+        assert len(live) >= 5
         for version in live:
             base = AutoModelForCausalLM.from_pretrained(base_path("tiny"), dtype=torch.float32)
             model = PeftModel.from_pretrained(base, str(registry.path(version)))

@@ -122,7 +122,7 @@ def start_coordinator(
     processes: Processes, federation: Path, child_environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
     command = [_script("lorafleet"), "coordinator", "run", str(federation)]
-    return processes.start("coordinator", command, environment=child_environment)
+    return processes.start("coordinator", command, environment=child_environment, may_end=True)
 
 
 def start_service(

@@ -51,6 +51,7 @@ class Processes:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._may_end: set[str] = set()
         logs.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Self:
@@ -65,9 +66,18 @@ class Processes:
         return self._logs / f"{name}.log"
 
     def start(
-        self, name: str, command: Sequence[str], *, environment: Mapping[str, str], stdout: int | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        stdout: int | None = None,
+        may_end: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Start a child; its output goes to ``NAME.log``, or its stdout to a pipe where ``stdout`` says so."""
+        """Start a child; its output goes to ``NAME.log``, or its stdout to a pipe where ``stdout`` says so.
+
+        ``may_end``: the child has an end of its own, and has done its work where that is with code 0.
+        """
         with self.log(name).open("wb") as log:
             process = subprocess.Popen(
                 list(command),
@@ -79,12 +89,15 @@ class Processes:
                 start_new_session=True,
             )
         self._running[name] = process
+        if may_end:
+            self._may_end.add(name)
         return process
 
     def check(self) -> None:
-        """Raise where a child has ended on its own."""
+        """Raise where a child has ended that should not have."""
         for name, process in self._running.items():
-            if process.poll() is not None:
+            code = process.poll()
+            if code is not None and not (code == 0 and name in self._may_end):
                 raise UnavailableError(
                     f"{name} ended with {process.returncode}; the end of its log:\n{tail(self.log(name))}"
                 )

@@ -197,7 +197,9 @@ def follow_rounds(
     for number in range(len(committed(place)) + 1, until + 1):
         with progress.step(f"round {number}: updates of {members} members", total=members) as done:
             while len(committed(place)) < number:
-                if coordinator.poll() is not None:
+                ended = coordinator.poll() is not None
+                # Asked again: it may have committed and ended between the two looks.
+                if ended and len(committed(place)) < number:
                     raise UnavailableError(f"the coordinator ended early:\n{tail(processes.log('coordinator'))}")
                 processes.check()
                 current = [r for r in place.registry.rounds(place.federation) if r.number == number]

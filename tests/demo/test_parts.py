@@ -113,6 +113,19 @@ def test_a_child_that_ends_on_its_own_is_said_with_its_last_words(tmp_path: Path
             processes.check()
 
 
+def test_a_child_that_may_end_is_missed_only_where_it_failed(tmp_path: Path) -> None:
+    with Processes(tmp_path) as processes:
+        good = processes.start("good", [sys.executable, "-c", ""], environment=os.environ, may_end=True)
+        good.wait()
+        processes.check()
+        bad = processes.start(
+            "bad", [sys.executable, "-c", "raise SystemExit(4)"], environment=os.environ, may_end=True
+        )
+        bad.wait()
+        with pytest.raises(UnavailableError, match="bad ended with 4"):
+            processes.check()
+
+
 def test_a_port_that_nobody_opens_is_said(tmp_path: Path) -> None:
     with Processes(tmp_path) as processes:
         process = processes.start("mute", [sys.executable, "-c", "print('hello')"], environment=os.environ)

@@ -67,7 +67,7 @@ class Arms:
         owners = list(zip(self._corpora.owners, settings.ranks, strict=True))
         everybody = [owner.folder for owner in self._corpora.owners]
         self._alone["centralised"] = self._pool.submit(
-            _train_alone, settings, everybody, settings.expert_rank, steps * len(owners)
+            _train_alone, settings, everybody, max(settings.ranks), steps * len(owners)
         )
         for domain in self._corpora.domains:
             main = main_owner(self._corpora, domain.name)

@@ -19,6 +19,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 import sys
 import sysconfig
 import time
@@ -35,6 +36,8 @@ CORPUS_LIST = ASSET / "corpus.json"
 HELD_OUT_ONE_IN = 25
 # A file that gzip shrinks more than eightfold is a table (code pages, generated test vectors), not text.
 MAX_GZIP_RATIO = 8.0
+# Written by the build of one interpreter, with its paths: nobody else has the same bytes.
+BUILD_SPECIFIC = re.compile(r"_sysconfigdata|(^|/)config-")
 # Generated tables and data files: no language in them.
 SKIP_PARTS = {"encodings", "__pycache__", "site-packages", "cjkencodings", "decimaltestdata"}
 
@@ -99,6 +102,8 @@ def write_corpus_list() -> None:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if SKIP_PARTS.intersection(path.relative_to(root).parts) or name == "pydoc_data/topics.py":
+            continue
+        if BUILD_SPECIFIC.search(name):
             continue
         text = read_text(path)
         if text is not None:

@@ -74,6 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     invocation = _Invocation()
     try:
         app(args=None if arguments is None else list(arguments), prog_name="lorafleet", obj=invocation)
+    except ModuleNotFoundError as error:
+        if invocation.debug:
+            raise
+        typer.echo(
+            f"error: this command needs {error.name}, which is not installed: pip install 'lorafleet[server]' for a "
+            "service or a coordinator, 'lorafleet[client]' for a data owner, 'lorafleet[demo]' for all",
+            err=True,
+        )
+        sys.exit(1)
     except Exception as error:
         if invocation.debug:
             raise

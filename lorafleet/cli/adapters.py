@@ -40,7 +40,7 @@ def import_(
         record = stores.register_base(store, base)
         weights = LoraAdapter.load(folder)
         version = stores.import_weights(
-            store, reference.tenant, reference.adapter, weights, base=record, licence=licence
+            store, reference.tenant, reference.adapter, weights, base=record, base_folder=base, licence=licence
         )
     if json:
         print_json({"reference": version.reference, **_fields(version)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -150,4 +151,6 @@ def run(
     """Run a federation's rounds on a SuperLink that is already there."""
     from lorafleet.coordinator.launch import run as run_federation
 
+    # SIGTERM unwinds like Ctrl-C, so that the run on the SuperLink is stopped, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_federation(federation, resume)

@@ -99,4 +99,4 @@ def _fill(registry: Registry, base: str, folders: list[tuple[str, str]]) -> None
     registry.create_tenant(LOCAL_TENANT)
     record = stores.register_base(registry, base)
     for name, folder in folders:
-        stores.import_weights(registry, LOCAL_TENANT, name, LoraAdapter.load(folder), base=record)
+        stores.import_weights(registry, LOCAL_TENANT, name, LoraAdapter.load(folder), base=record, base_folder=base)

@@ -33,9 +33,13 @@ def register_base(registry: Registry, name_or_path: str) -> Base:
 
 
 def import_weights(
-    registry: Registry, tenant: str, name: str, weights: LoraAdapter, *, base: Base, licence: str = ""
+    registry: Registry, tenant: str, name: str, weights: LoraAdapter, *, base: Base, base_folder: str, licence: str = ""
 ) -> Version:
-    """The next version of an adapter; the adapter is made where it is new."""
+    """The next version of an adapter, which is made where it is new; BaseMismatchError where it is for another base."""
+    from lorafleet.adapters.base_shapes import base_shapes, check_fits
+    from lorafleet.assets import base_path
+
+    check_fits(weights, base_shapes(base_path(base_folder)))
     try:
         adapter = registry.adapter(tenant, name)
     except NotFoundError:

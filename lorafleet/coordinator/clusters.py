@@ -6,7 +6,7 @@ O((d_in + d_out) r²). Average linkage; the number of clusters is the cut with t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -73,11 +73,18 @@ def partition(cosine: Matrix) -> list[int]:
     return [seen.setdefault(int(label), len(seen)) for label in best]
 
 
-def assign(updates: Mapping[str, LoraAdapter], *, previous: Mapping[str, str], min_size: int) -> dict[str, str]:
+def assign(
+    updates: Mapping[str, LoraAdapter],
+    *,
+    previous: Mapping[str, str],
+    min_size: int,
+    used: Collection[str] = (),
+) -> dict[str, str]:
     """Member key → expert label. A cluster below ``min_size`` falls to the shared expert.
 
     Labels (``expert-1``, …) follow the members from round to round: clusters are matched to last round's labels by
-    the number of members they have in common, and only an unmatched cluster opens a new label.
+    the number of members they have in common, and only an unmatched cluster opens a new label, one that is not in
+    ``used`` either.
     """
     members = sorted(updates)
     numbers = partition(similarity([updates[m] for m in members]))
@@ -92,7 +99,7 @@ def assign(updates: Mapping[str, LoraAdapter], *, previous: Mapping[str, str], m
         for row, column in zip(*linear_sum_assignment(-overlap), strict=True):
             if overlap[row, column] > 0:
                 labels[int(row)] = known[int(column)]
-    taken = {int(label.rpartition("-")[2]) for label in known}
+    taken = {int(label.rpartition("-")[2]) for label in {*known, *used} - {SHARED}}
     fresh = (number for number in range(1, len(kept) + len(taken) + 1) if number not in taken)
     result = dict.fromkeys(members, SHARED)
     for row, group in enumerate(kept):

@@ -48,6 +48,7 @@ class FlowerTransport:
         self._expected, self._join_timeout_s = expected, join_timeout_s
         self._nodes: dict[str, int] = {}
         self._outstanding: dict[str, str] = {}
+        self._refused: list[Reply] = []
 
     def members(self) -> Mapping[str, MemberInfo]:
         deadline = self._clock() + self._join_timeout_s
@@ -56,10 +57,11 @@ class FlowerTransport:
         known: dict[str, MemberInfo] = {}
         while len(known) < self._expected and self._clock() < deadline:
             new = [node for node in self._grid.get_node_ids() if node not in asked]
-            if new:
-                asked.update(new)
-                queries = [Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in new]
-                pending |= dict(zip(self._grid.push_messages(queries), new, strict=True))
+            asked.update(new)
+            for node in new:
+                sent = self._push(Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY))
+                if sent:
+                    pending[sent] = node
             for message in self._pull(pending):
                 node = pending.pop(message.metadata.reply_to_message_id)
                 info = self._member_info(message)
@@ -87,18 +89,28 @@ class FlowerTransport:
 
     def send(self, orders: Mapping[str, Order]) -> None:
         members = sorted(orders)
-        messages = []
         for member in members:
             order, expert = orders[member]
             content = RecordDict({ORDER_SECTION: ConfigRecord(dict(order.to_config()))})
             if expert is not None:
                 content[EXPERT_SECTION] = ArrayRecord({key: Array(array) for key, array in to_arrays(expert).items()})
             kind = MessageType.TRAIN if order.steps else MessageType.EVALUATE
-            messages.append(Message(content, dst_node_id=self._nodes[member], message_type=kind, ttl=order.deadline_s))
-        if messages:
-            self._outstanding |= dict(zip(self._grid.push_messages(messages), members, strict=True))
+            sent = self._push(
+                Message(content, dst_node_id=self._nodes[member], message_type=kind, ttl=order.deadline_s)
+            )
+            if sent:
+                self._outstanding[sent] = member
+            else:
+                self._refused.append(Reply(member, error="the SuperLink did not take its order; is it too large?"))
+
+    def _push(self, message: Message) -> str:
+        """The message's id, or nothing where the SuperLink refused it; one by one, so that one costs only itself."""
+        return next(iter(self._grid.push_messages([message])), "")
 
     def receive(self, timeout_s: float) -> list[Reply]:
+        if self._refused:
+            refused, self._refused = self._refused, []
+            return refused
         deadline = self._clock() + timeout_s
         while True:
             messages = self._pull(self._outstanding)
@@ -130,3 +142,4 @@ class FlowerTransport:
 
     def forget(self) -> None:
         self._outstanding.clear()
+        self._refused.clear()

@@ -23,6 +23,7 @@ from lorafleet.registry import Federation, Registry
 log = logging.getLogger(__name__)
 
 _CONNECTION = "lorafleet"
+STOP_TIMEOUT_S = 20.0
 
 
 def run(federation_toml: Path, resume: bool = False) -> None:
@@ -136,9 +137,9 @@ def _follow(command: list[str], environment: Mapping[str, str], log_to: IO[str])
         except BaseException:
             process.terminate()
             if run_id:
-                subprocess.run(
-                    [*_flwr("stop"), run_id, _CONNECTION], env=dict(environment), capture_output=True, timeout=20
-                )
+                stop = [*_flwr("stop"), run_id, _CONNECTION]
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    subprocess.run(stop, env=dict(environment), capture_output=True, timeout=STOP_TIMEOUT_S)
             raise
     if not run_id:
         raise UnavailableError("the SuperLink did not take the run: " + " ".join(line for line in tail if line))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorafleet.adapters import LoraAdapter
+from lorafleet.adapters.base_shapes import ModuleShapes
 from lorafleet.adapters.wire import TrainOrder
 from lorafleet.coordinator.clusters import SHARED, assign
 from lorafleet.coordinator.dispatch import Dispatch
@@ -24,7 +25,7 @@ from lorafleet.coordinator.schedulers import get_scheduler
 from lorafleet.coordinator.settings import FederationSettings
 from lorafleet.coordinator.transport import MemberInfo, Order, Reply, Transport
 from lorafleet.coordinator.tree import Reducer
-from lorafleet.coordinator.validation import ModuleShapes, check_update
+from lorafleet.coordinator.validation import check_update
 from lorafleet.errors import RejectedUpdateError, UnavailableError
 from lorafleet.registry import Federation, NewExpert, Registry, Round, UpdateRecord, Version
 
@@ -46,6 +47,8 @@ class Parts:
     base_digest: str
     shapes: ModuleShapes
     clock: Callable[[], float] = time.monotonic
+    groups: Callable[[int], Mapping[str, str]] | None = None
+    """Round number → assignment, in the place of clustering: for runs that have to differ in something else only."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Standing:
     """Where the federation stands between two rounds."""
 
     round: int = 0
+    """Number of the last committed round; abandoned ones count as numbers, too."""
+    committed: int = 0
     assignment: Mapping[str, str] = field(default_factory=dict)
     """Member key → label of the expert that it trains on next; empty before the first commit."""
     experts: Mapping[str, LoraAdapter] = field(default_factory=dict)
@@ -68,7 +73,7 @@ def run_federation(settings: FederationSettings, federation: Federation, parts: 
     if standing.round:
         log.info("continuing after round %d", standing.round)
     members = join_members(settings, federation, parts)
-    while standing.round < settings.rounds:
+    while standing.committed < settings.rounds:
         standing = run_round(settings, federation, parts, standing, members)
     if settings.evaluate_last:
         evaluate(settings, parts, standing, members)
@@ -93,7 +98,7 @@ def resume(settings: FederationSettings, federation: Federation, registry: Regis
         if version.lineage is not None and version.lineage.round == last.number
     }
     return Standing(
-        last.number, last.report["assignment"], {k: registry.load(v) for k, v in versions.items()}, versions
+        last.number, len(done), last.report["assignment"], {k: registry.load(v) for k, v in versions.items()}, versions
     )
 
 
@@ -151,16 +156,23 @@ def run_round(
     members: Mapping[str, MemberInfo],
 ) -> Standing:
     """One round to its commit; raises UnavailableError where it had to be abandoned."""
-    number, started = standing.round + 1, parts.clock()
+    started = parts.clock()
+    earlier = parts.registry.rounds(federation)
+    number = 1 if not earlier else earlier[-1].number + (earlier[-1].state != "open")
     scheduler = get_scheduler(settings.scheduler)(quorum=settings.quorum, deadline_s=settings.deadline_s)
     current = parts.registry.open_round(federation, number)
     chosen = scheduler.select(sorted(members), number)
     orders = {
         m: train_order(settings, standing, number, m, parts.base_digest, steps=settings.training.steps) for m in chosen
     }
-    journaled = {update.member for update in parts.registry.updates(current, accepted_only=False)}
+    journal = parts.registry.updates(current, accepted_only=False)
+    journaled = {update.member for update in journal if update.accepted}
+    for update in journal:
+        if not update.accepted and update.member in orders:  # asked once more by a loop that starts again
+            asked, expert = orders[update.member]
+            orders[update.member] = Order(replace(asked, attempt=max(asked.attempt, update.attempt + 1)), expert)
     log.info("round %d: %d members, %d already in the journal", number, len(chosen), len(journaled & orders.keys()))
-    dispatch = Dispatch(parts.transport, {m: orders[m] for m in chosen if m not in journaled}, settings.at_once)
+    dispatch = start_dispatch(settings, parts, {m: orders[m] for m in chosen if m not in journaled})
     while True:
         accepted = len(parts.registry.updates(current))
         elapsed = parts.clock() - started
@@ -177,6 +189,12 @@ def run_round(
             f"round {number} was abandoned: {reason}; see the journal for what was rejected, then resume"
         )
     return close_round(settings, parts, standing, current, orders, started)
+
+
+def start_dispatch(settings: FederationSettings, parts: Parts, orders: Mapping[str, Order]) -> Dispatch:
+    return Dispatch(
+        parts.transport, orders, at_once=settings.at_once, deadline_s=settings.deadline_s, clock=parts.clock
+    )
 
 
 def journal_reply(
@@ -245,11 +263,15 @@ def close_round(
         )
         for record in records
     }
-    assignment = assign(
-        {member: full_update(update, standing.experts) for member, update in updates.items()},
-        previous=standing.assignment,
-        min_size=settings.min_cluster_size,
-    )
+    if parts.groups is not None:
+        assignment = {m: label for m, label in parts.groups(current.number).items() if m in updates}
+    else:
+        assignment = assign(
+            {member: full_update(update, standing.experts) for member, update in updates.items()},
+            previous=standing.assignment,
+            min_size=settings.min_cluster_size,
+            used=used_labels(settings, parts.registry),
+        )
     collected = parts.clock()
     experts = next_experts(
         updates, assignment, standing.experts, rule=settings.rule, reducer=parts.reducer, rank=settings.expert_rank
@@ -268,7 +290,14 @@ def close_round(
     )
     # The committed blobs, not the tensors in memory: a resumed loop goes on from the same bits.
     weights = {label: parts.registry.load(version) for label, version in versions.items()}
-    return Standing(current.number, assignment, weights, versions)
+    return Standing(current.number, standing.committed + 1, assignment, weights, versions)
+
+
+def used_labels(settings: FederationSettings, registry: Registry) -> set[str]:
+    """Labels that ever had an expert: a label never comes to stand for other members' data."""
+    prefix = adapter_name(settings.name, "")
+    names = (adapter.name for adapter in registry.adapters(settings.tenant))
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 
 
 def commit(
@@ -318,7 +347,7 @@ def evaluate(
     orders = {
         m: train_order(settings, standing, standing.round + 1, m, parts.base_digest, steps=0) for m in sorted(members)
     }
-    dispatch, losses, started = Dispatch(parts.transport, orders, settings.at_once), dict[str, float](), parts.clock()
+    dispatch, losses, started = start_dispatch(settings, parts, orders), dict[str, float](), parts.clock()
     while dispatch.outstanding and (left := settings.deadline_s - (parts.clock() - started)) > 0:
         for order, reply in dispatch.receive(timeout_s=min(MAX_WAIT_S, left)):
             try:

@@ -8,8 +8,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from lorafleet.adapters.base_shapes import base_shapes
 from lorafleet.assets import base_digest, base_path
-from lorafleet.coordinator.base_shapes import base_shapes
 from lorafleet.coordinator.flower_grid import FlowerTransport
 from lorafleet.coordinator.rounds import Parts, run_federation
 from lorafleet.coordinator.settings import CoordinatorConfig

@@ -2,7 +2,8 @@
 
 Checked in this order, each with a stable reason code that the registry keeps: ``header`` (schema, types), ``order``
 (another federation, round, attempt, member, base or expert than was ordered), ``factors`` (keys, shapes, dtype, NaN),
-``modules`` (not the base's), ``rank``, ``digest``, ``count`` (number of examples), ``norm``.
+``modules`` (not the base's), ``rank``, ``digest``, ``count`` (number of examples), ``norm``; ``metrics`` (no finite
+number) comes after ``order``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ from typing import Any
 import numpy.typing as npt
 
 from lorafleet.adapters import LoraAdapter
+from lorafleet.adapters.base_shapes import ModuleShapes, check_fits
 from lorafleet.adapters.factor_space import norm
 from lorafleet.adapters.wire import TrainOrder, UpdateHeader, from_arrays
-from lorafleet.errors import InvalidInputError, RejectedUpdateError
-
-ModuleShapes = Mapping[str, tuple[int, int]]
-"""Path of every linear layer of the base → (d_out, d_in)."""
+from lorafleet.errors import BaseMismatchError, InvalidInputError, RejectedUpdateError
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,10 @@ def check_update(
 def check_factors(
     residual: LoraAdapter, order: TrainOrder, head: UpdateHeader, shapes: ModuleShapes, policy: UpdatePolicy
 ) -> None:
-    for path, (a, b) in residual.modules.items():
-        if path not in shapes:
-            raise RejectedUpdateError("modules", f"{path!r} is no linear layer of the base")
-        if (b.shape[0], a.shape[1]) != tuple(shapes[path]):
-            raise RejectedUpdateError(
-                "modules",
-                f"{path}: the update is {b.shape[0]} × {a.shape[1]}, the base {shapes[path][0]} × {shapes[path][1]}",
-            )
+    try:
+        check_fits(residual, shapes)
+    except BaseMismatchError as error:
+        raise RejectedUpdateError("modules", str(error)) from None
     limit = order.rank or policy.max_rank
     if residual.rank > limit or head.rank > limit:
         raise RejectedUpdateError("rank", f"found rank {max(residual.rank, head.rank)}, at most {limit} was agreed")

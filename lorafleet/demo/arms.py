@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from lorafleet.adapters import LoraAdapter, wire
+from lorafleet.adapters.base_shapes import base_shapes
 from lorafleet.adapters.wire import TrainOrder
 from lorafleet.assets import base_digest, base_path
-from lorafleet.coordinator.base_shapes import base_shapes
 from lorafleet.coordinator.rounds import Parts, run_federation
 from lorafleet.coordinator.transport import MemberInfo, Order, Reply
 from lorafleet.coordinator.tree import LocalReducer
@@ -60,7 +60,7 @@ class Arms:
             worker.join()
 
     def start_alone(self) -> None:
-        """Begin with what needs nothing from the federation; workers run at low priority until then."""
+        """Begin with what needs nothing from the federation, beside it."""
         assert self._pool is not None
         training, settings = self._settings.training, self._settings
         steps = training.steps * settings.rounds
@@ -103,7 +103,16 @@ class Arms:
             twin = own.create_federation(TENANT, settings.name, base=base.digest, settings=settings.to_dict())
             for name in members:
                 own.add_member(twin, name, tenant=name)
-            parts = Parts(own, transport, LocalReducer(), base.digest, base_shapes(base_path(settings.base)))
+            # The same clusters in every round: the arms differ in the rule only.
+            groups = {r.number: r.report["assignment"] for r in registry.rounds(federation)}
+            parts = Parts(
+                own,
+                transport,
+                LocalReducer(),
+                base.digest,
+                base_shapes(base_path(settings.base)),
+                groups=groups.__getitem__,
+            )
             run_federation(settings, twin, parts)
             return {
                 f"fedit-{adapter.name.removeprefix(f'{settings.name}-')}": [

@@ -62,8 +62,7 @@ def windows(folder: Path, tokenizer: Tokenizer, limit: int) -> list[Window]:
             piece = piece[: offsets[min(MAX_WINDOW_TOKENS, len(offsets)) - 1][1]]
             cut = piece.rfind("\n", PROMPT_CHARACTERS // 2, PROMPT_CHARACTERS) + 1 or PROMPT_CHARACTERS
             found.append(Window(piece[:cut], piece, len(tokenizer.encode(piece[:cut]).ids)))
-    step = max(1, len(found) // limit)
-    return found[::step][:limit]
+    return [found[i * len(found) // limit] for i in range(min(limit, len(found)))] if len(found) > limit else found
 
 
 def score(client: RouterClient, chosen: Sequence[Window], mixes: Sequence[Mapping[str, float]]) -> list[Loss]:

@@ -42,6 +42,7 @@ def check_targets(report: Mapping[str, Any]) -> list[Target]:
     closed = gap_closed(mean["base"], mean["federated"], mean["centralised"])
     routed = gap_closed(mean["base"], mean["routed"], mean["oracle"])
     error = report["aggregation"]["relative_error"]
+    serving = report["serving"]
     memory, seconds = report["peak_memory_bytes"], report["seconds"]
     return [
         Target("aggregation: relative error of the untruncated sum", error, "≤ 1e-5", error <= 1e-5),
@@ -55,6 +56,13 @@ def check_targets(report: Mapping[str, Any]) -> list[Target]:
         Target("base − centralised, mean (nats)", gap, "≥ 0.1", gap >= 0.1),
         Target("gap base → centralised that federated closes", closed, "≥ 0.80", closed >= 0.8),
         Target("gap base → oracle that routed closes", routed, "≥ 0.90", routed >= 0.9),
+        Target("requests that failed", serving["errors"], "0", serving["errors"] == 0),
+        Target(
+            "experts that answered in their last version while serving",
+            serving["experts_in_last_version"],
+            f"{serving['experts']}",
+            serving["experts_in_last_version"] == serving["experts"],
+        ),
         Target("seconds in all", seconds, "≤ 360", seconds <= 360),
         Target("peak memory (GB)", memory / 1e9, "≤ 8", memory <= 8e9),
     ]

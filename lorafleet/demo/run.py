@@ -45,7 +45,7 @@ from lorafleet.registry import Federation, Registry, Round, Version
 MARKER = ".lorafleet-demo"
 POLL_S = 0.5
 # Each tenant waits this long between two requests: a light load, as training has the machine at the same time.
-TRAFFIC_PAUSE_S = 2.0
+TRAFFIC_PAUSE_S = 4.0
 PROMPT_CHARACTERS = 400
 SWAP_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 120.0
@@ -86,6 +86,11 @@ def run_demo(out: Path, *, settings: DemoSettings | None = None, console: Consol
     return not settings.judged or all(target.met for target in targets)
 
 
+def usable_cores() -> int:
+    """The cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+
+
 def prepare(out: Path) -> None:
     """An empty folder with our marker; another program's folder is never emptied."""
     if out.exists() and any(out.iterdir()):
@@ -115,7 +120,7 @@ def interruptible() -> Iterator[None]:
 
 def loop(out: Path, settings: DemoSettings, corpora: Corpora, progress: Progress) -> dict[str, Any]:
     """Everything between the data and the report; returns the report's figures."""
-    cores = os.cpu_count() or 2
+    cores = usable_cores()
     with contextlib.ExitStack() as stack:
         with progress.step("Ray, SuperLink, SuperNodes and the service"):
             ray = fleet.Ray(cpus=cores)
@@ -143,8 +148,8 @@ def loop(out: Path, settings: DemoSettings, corpora: Corpora, progress: Progress
         service = fleet.service_address(server, processes.log("service"))
         with BackgroundTraffic(service, prompts, pause_s=TRAFFIC_PAUSE_S, seed=settings.seed) as traffic:
             follow_rounds(place, coordinator, processes, progress, until=settings.rounds)
-            with progress.step("the last experts answer, without a restart"):
-                wait_until_answered(traffic.tally, final_digests(place), processes)
+            with progress.step("the last experts in use, without a restart"):
+                wait_until_answered(traffic.tally, set(final_digests(place).values()), processes)
         follow_end(coordinator, processes)
         processes.stop("coordinator", *(f"supernode-{owner.name}" for owner in corpora.owners), "superlink")
         with progress.step("arms to compare with: fedit, local, centralised"):
@@ -163,7 +168,7 @@ def loop(out: Path, settings: DemoSettings, corpora: Corpora, progress: Progress
             "aggregation": {"relative_error": error, "truncation_error": last_report(place)["truncation_error"]["max"]},
             "rounds": [{"round": r.number, **r.report} for r in place.registry.rounds(place.federation)],
             "owners": owners_figures(place),
-            **serving_figures(traffic.tally, measured),
+            **serving_figures(traffic.tally, measured, final_digests(place)),
             "environment": versions_of_libraries(place),
         }
 
@@ -208,7 +213,12 @@ def follow_rounds(
 
 
 def follow_end(coordinator: subprocess.Popen[bytes], processes: Processes) -> None:
-    code = coordinator.wait(timeout=END_TIMEOUT_S)
+    try:
+        code = coordinator.wait(timeout=END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(
+            f"the coordinator did not end within {END_TIMEOUT_S:.0f} s:\n{tail(processes.log('coordinator'))}"
+        ) from None
     if code:
         raise UnavailableError(f"the coordinator ended with {code}:\n{tail(processes.log('coordinator'))}")
 
@@ -219,12 +229,12 @@ def final_digests(place: Workplace) -> dict[str, str]:
     return {name: place.registry.resolve(name).digest for name in names}
 
 
-def wait_until_answered(tally: Tally, digests: Mapping[str, str], processes: Processes) -> None:
-    """Return once every expert that the traffic mixed has answered in its last version, or after a while."""
+def wait_until_answered(tally: Tally, digests: set[str], processes: Processes) -> None:
+    """Return once every expert has answered in its last version, or after a while: the report says which did."""
     deadline = time.monotonic() + SWAP_TIMEOUT_S
     while time.monotonic() < deadline:
         answered = {digest for answer in list(tally.answers) for _, digest, _ in answer.mix}
-        if set(digests.values()) <= answered:
+        if digests <= answered:
             return
         processes.check()
         time.sleep(POLL_S)
@@ -256,12 +266,11 @@ def measure(place: Workplace, arms: Mapping[str, list[Version]], service: str) -
             def loss(version: Version | None, chosen: list[evaluate.Window] = chosen) -> float:
                 return evaluate.domain_loss(operator, chosen, {version.reference: 1.0} if version else {}).mean
 
-            own = assignment[main.name]
+            own = assignment.get(main.name, SHARED)
             base = loss(None)
             experts = {label: loss(versions[-1]) for label, versions in fleet_versions.items()}
             curve = [base, *(loss(version) for version in fleet_versions[own][:-1]), experts[own]]
-            # The other rule may cluster otherwise; where it has no such expert, its shared one answers for the domain.
-            other = [base, *(loss(version) for version in fedit_last.get(own, fedit_last[SHARED]))]
+            other = [base, *(loss(version) for version in fedit_last[own])]
             with RouterClient(service, tenant=main.name) as tenant:
                 routed = evaluate.routed_loss(tenant, chosen)
             curves[domain.name] = {"federated": curve, "fedit": other}
@@ -293,8 +302,8 @@ def owners_figures(place: Workplace) -> list[dict[str, Any]]:
     ]
 
 
-def serving_figures(tally: Tally, measured: Burst) -> dict[str, Any]:
-    """What the tenants' traffic and the burst say about the service."""
+def serving_figures(tally: Tally, measured: Burst, final: Mapping[str, str]) -> dict[str, Any]:
+    """What the tenants' traffic and the burst say about the service; ``final``: expert → its last digest."""
     everything = [*tally.answers, *measured.tally.answers]
     versions: dict[str, set[str]] = {}
     dots = []
@@ -313,6 +322,8 @@ def serving_figures(tally: Tally, measured: Burst) -> dict[str, Any]:
             "distinct_mixes": len({answer.mix for answer in everything}),
             "tokens_per_second": measured.tokens_per_second,
             "swaps_while_serving": sum(len(digests) > 1 for digests in versions.values()),
+            "experts": len(final),
+            "experts_in_last_version": sum(digest in versions.get(name, ()) for name, digest in final.items()),
             "digests_while_serving": {name: sorted(digests) for name, digests in sorted(versions.items())},
         },
         "traffic": {"versions": dots, "tokens": [[answer.at_s, answer.tokens] for answer in tally.answers]},
@@ -323,7 +334,7 @@ def versions_of_libraries(place: Workplace) -> dict[str, str]:
     names = ("lorafleet", "torch", "transformers", "peft", "flwr", "ray", "grpcio", "sqlalchemy")
     return {
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {usable_cores()} cores",
         "base": place.federation.base_digest,
         **{name: importlib.metadata.version(name) for name in names},
     }

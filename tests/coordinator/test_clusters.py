@@ -87,6 +87,11 @@ def test_a_new_cluster_opens_a_new_label() -> None:
     assert after["e"] == after["f"] == "expert-3"
 
 
+def test_a_label_that_lost_its_members_is_not_given_to_others() -> None:
+    found = assign(fleet({"a": 1, "b": 1, "c": 2, "d": 2}), previous={}, min_size=2, used={"expert-1", "shared"})
+    assert set(found.values()) == {"expert-2", "expert-3"}
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_one_or_two_members_are_one_cluster(count: int) -> None:
     found = assign(fleet({f"m{i}": i for i in range(count)}), previous={}, min_size=2)

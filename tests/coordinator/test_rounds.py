@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +156,77 @@ def test_a_round_below_its_quorum_is_abandoned_with_the_reason(
     with pytest.raises(UnavailableError, match="1 accepted updates at the deadline, the quorum is 2"):
         run_federation(SETTINGS, federation, parts)
     assert [r.state for r in registry.rounds(federation)] == ["abandoned"]
+
+
+def test_after_an_abandoned_round_a_new_loop_commits(tmp_path: Path, four: Scripted, opened: list[Registry]) -> None:
+    four.silent = ("a1", "b1", "b2")
+    registry, federation, parts = start(tmp_path, four, SETTINGS)
+    opened.append(registry)
+    with pytest.raises(UnavailableError):
+        run_federation(SETTINGS, federation, parts)
+    four.silent = ()
+    standing = run_federation(SETTINGS, federation, parts)
+    assert [r.state for r in registry.rounds(federation)] == ["abandoned", "committed", "committed"]
+    assert (standing.round, standing.committed) == (3, 2)
+
+
+def test_a_rejected_member_is_asked_again_by_a_loop_that_resumes_the_round(
+    tmp_path: Path, four: Scripted, opened: list[Registry]
+) -> None:
+    class Interrupted(Scripted):
+        def receive(self, timeout_s: float) -> list[Reply]:
+            if not self.waiting:
+                raise Crash
+            return super().receive(timeout_s)
+
+    first = Interrupted(four.answers | {"a1": lambda order: Reply(order.order.member, error="out of memory")}, ("b2",))
+    registry, federation, parts = start(tmp_path, first, SETTINGS)
+    opened.append(registry)
+    with pytest.raises(Crash):
+        run_federation(SETTINGS, federation, parts)
+    registry, federation, parts = start(tmp_path, four, SETTINGS)
+    opened.append(registry)
+    run_federation(SETTINGS, federation, parts)
+    asked = {o.order.member: o.order.attempt for o in four.ordered if o.order.round == 1}
+    assert asked == {"a1": 2, "b2": 1}
+    assert {u.member for u in registry.updates(registry.rounds(federation)[0])} == {"a1", "a2", "b1", "b2"}
+
+
+def test_silent_members_cost_the_others_no_turn(tmp_path: Path, four: Scripted, opened: list[Registry]) -> None:
+    four.silent = ("a1",)
+    one_by_one = replace(SETTINGS, at_once=1, rounds=1)
+    registry, federation, parts = start(tmp_path, four, one_by_one)
+    opened.append(registry)
+    run_federation(one_by_one, federation, parts)
+    assert {u.member for u in registry.updates(registry.rounds(federation)[0])} == {"a2", "b1", "b2"}
+
+
+def test_no_more_members_work_at_once_than_agreed(tmp_path: Path, four: Scripted, opened: list[Registry]) -> None:
+    out: list[int] = []
+
+    class Counting(Scripted):
+        def send(self, orders: Mapping[str, Order]) -> None:
+            super().send(orders)
+            out.append(len(self.waiting))
+
+        def receive(self, timeout_s: float) -> list[Reply]:
+            return [self.waiting.pop(0)]
+
+    counting = Counting(four.answers)
+    settings = replace(SETTINGS, at_once=2, rounds=1, evaluate_last=False)
+    registry, federation, parts = start(tmp_path, counting, settings)
+    opened.append(registry)
+    run_federation(settings, federation, parts)
+    assert max(out) == 2
+    assert len(counting.ordered) == 4
+
+
+def test_groups_can_be_given_in_the_place_of_clustering(tmp_path: Path, four: Scripted, opened: list[Registry]) -> None:
+    given = {"a1": "expert-1", "b1": "expert-1", "a2": "expert-2", "b2": "expert-2"}
+    registry, federation, parts = start(tmp_path, four, SETTINGS)
+    opened.append(registry)
+    standing = run_federation(SETTINGS, federation, replace(parts, groups=lambda number: given))
+    assert standing.assignment == given
 
 
 def test_too_few_members_start_no_round(tmp_path: Path, opened: list[Registry]) -> None:

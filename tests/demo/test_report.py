@@ -42,6 +42,8 @@ SERVING = {
     "distinct_mixes": 5,
     "tokens_per_second": 500.0,
     "swaps_while_serving": 1,
+    "experts": 4,
+    "experts_in_last_version": 4,
 }
 
 
@@ -56,7 +58,7 @@ def figures(**changes: float) -> dict[str, Any]:
         "aggregation": {"relative_error": 1e-7, "truncation_error": 0.01},
         "rounds": [ROUND],
         "owners": [OWNER],
-        "serving": SERVING,
+        "serving": dict(SERVING),
         "traffic": {"versions": [[0.5, expert, 1], [3.0, expert, 2]], "tokens": [[0.5, 32]]},
         "environment": {"python": "3.11", "machine": "<x86>"},
         "peak_memory_bytes": 4_000_000_000,
@@ -97,6 +99,8 @@ def test_one_domain_that_got_worse_is_a_miss() -> None:
     [
         (("aggregation", "relative_error"), 1e-4, "aggregation: relative error of the untruncated sum"),
         (("seconds",), 361.0, "seconds in all"),
+        (("serving", "errors"), 1, "requests that failed"),
+        (("serving", "experts_in_last_version"), 3, "experts that answered in their last version while serving"),
         (("peak_memory_bytes",), 9_000_000_000, "peak memory (GB)"),
     ],
 )

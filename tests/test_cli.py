@@ -204,6 +204,16 @@ def test_importing_to_a_numbered_reference_is_refused(
     assert "expected TENANT/ADAPTER" in " ".join(lorafleet(*command, status=2)[1].split())
 
 
+def test_an_adapter_for_another_base_is_refused(lorafleet: Command, store: Store, adapters: dict[str, Path]) -> None:
+    with store.open() as registry:
+        registry.create_tenant("acme")
+    command = ("adapter", "import", "acme/low", adapters["low"], "--base", "tiny", *store.options)
+    _, said = lorafleet(*command, status=1)
+    assert said.startswith("error: ") and "the base that it was trained on" in said
+    with store.open() as registry:
+        assert registry.adapters("acme") == []
+
+
 def test_a_database_is_upgraded_and_checked(lorafleet: Command, store: Store) -> None:
     fresh = lorafleet("db", "check", "--registry", store.url, "--json", status=1)[0]
     assert json.loads(fresh)["ok"] is False

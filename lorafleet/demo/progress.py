@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-TICK_S = 1.0
+TICK_S = 3.0
 
 
 class Progress:
     """A live display on a terminal; plain lines with times where there is none.
 
-    ``on_tick`` is called about every second from a thread of its own, for what has to be sampled meanwhile.
+    ``on_tick`` is called about every three seconds from a thread of its own, for what has to be sampled meanwhile.
     """
 
     def __init__(self, console: Console, *, on_tick: Callable[[], None]) -> None:

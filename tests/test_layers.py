@@ -13,13 +13,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lorafleet"
 PARTS = {
     "errors": set(),
     "assets": set(),
+    "flower_commands": set(),
     "proto": set(),
     "kernels": set(),
     "adapters": {"kernels"},
     "engine": {"adapters", "kernels"},
     "registry": {"adapters"},
-    "clients": {"adapters"},
-    "coordinator": {"adapters", "registry"},
+    "clients": {"adapters", "flower_commands"},
+    "coordinator": {"adapters", "registry", "flower_commands"},
     "router_service": {"engine", "adapters", "registry", "proto"},
     "api_client": {"proto"},
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from lorafleet import flower_commands
 from lorafleet.assets import describe_base, flower_app_path
 from lorafleet.coordinator.settings import CoordinatorConfig
 from lorafleet.errors import AlreadyExistsError, InvalidInputError, NotFoundError, UnavailableError
@@ -68,20 +68,6 @@ def register(config: CoordinatorConfig, registry: Registry) -> Federation:
     return federation
 
 
-def flower_environment(home: Path) -> dict[str, str]:
-    """The environment in which Flower's commands run: no telemetry, no update check, no installing at run time."""
-    return {
-        **os.environ,
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        # Flower starts its own children by name: they must be found where this interpreter's scripts are.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "NO_COLOR": "1",
-    }
-
-
 def submit(superlink: str, federation_toml: Path, *, log_to: IO[str]) -> None:
     """Submit the packaged app to a SuperLink and follow it to its end; raises UnavailableError where it fails."""
     with tempfile.TemporaryDirectory(prefix="lorafleet-flwr-") as folder:
@@ -92,7 +78,7 @@ def submit(superlink: str, federation_toml: Path, *, log_to: IO[str]) -> None:
             f'[superlink]\ndefault = "{_CONNECTION}"\n\n'
             f'[superlink.{_CONNECTION}]\naddress = "{superlink}"\ninsecure = true\n'
         )
-        environment = flower_environment(home)
+        environment = flower_commands.environment(home)
         run_id = _follow(
             [
                 *_flwr("run"),
@@ -111,7 +97,7 @@ def submit(superlink: str, federation_toml: Path, *, log_to: IO[str]) -> None:
 
 
 def _flwr(command: str) -> list[str]:
-    return [str(Path(sys.executable).with_name("flwr")), command]
+    return [flower_commands.script("flwr"), command]
 
 
 def _follow(command: list[str], environment: Mapping[str, str], log_to: IO[str]) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from lorafleet.coordinator.launch import flower_environment
 from lorafleet.demo.corpora import Corpora
-from lorafleet.demo.processes import Processes, free_port, tail, wait_for_port
+from lorafleet.demo.processes import Processes, tail, wait_for_port
 from lorafleet.demo.settings import TENANT, DemoSettings
 from lorafleet.errors import UnavailableError
+from lorafleet.flower_commands import environment as flower_environment
+from lorafleet.flower_commands import free_port, script
 
 # Ray's default object store is 30 % of the memory; the demo's updates take a few megabytes.
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -100,7 +100,7 @@ superlink = "{superlink}"
 def start_superlink(processes: Processes, child_environment: dict[str, str]) -> str:
     """A SuperLink on a free port of loopback; returns its address."""
     port = free_port()
-    command = [_script("flower-superlink"), "--insecure", "--host", "127.0.0.1", "--port", str(port)]
+    command = [script("flower-superlink"), "--insecure", "--host", "127.0.0.1", "--port", str(port)]
     process = processes.start("superlink", command, environment=child_environment)
     wait_for_port(port, process, "superlink", processes.log("superlink"))
     return f"127.0.0.1:{port}"
@@ -112,7 +112,7 @@ def start_supernodes(
     """One ``lorafleet client join`` an owner, with its own data, at its own rank."""
     for owner, rank in zip(corpora.owners, settings.ranks, strict=True):
         command = [
-            _script("lorafleet"), "client", "join", "--superlink", superlink, "--data", str(owner.folder),
+            script("lorafleet"), "client", "join", "--superlink", superlink, "--data", str(owner.folder),
             "--member", owner.name, "--rank", str(rank), "--base", settings.base, "--insecure",
         ]  # fmt: skip
         processes.start(f"supernode-{owner.name}", command, environment=child_environment)
@@ -121,7 +121,7 @@ def start_supernodes(
 def start_coordinator(
     processes: Processes, federation: Path, child_environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
-    command = [_script("lorafleet"), "coordinator", "run", str(federation)]
+    command = [script("lorafleet"), "coordinator", "run", str(federation)]
     return processes.start("coordinator", command, environment=child_environment, may_end=True)
 
 
@@ -136,7 +136,7 @@ def start_service(
 ) -> subprocess.Popen[bytes]:
     """``lorafleet serve`` on a free port, which :func:`service_address` waits for."""
     command = [
-        _script("lorafleet"), "serve", "--base", settings.base, "--registry", registry, "--blobs", str(blobs),
+        script("lorafleet"), "serve", "--base", settings.base, "--registry", registry, "--blobs", str(blobs),
         "--grpc", "127.0.0.1:0", "--dtype", "float32", "--threads", str(threads),
     ]  # fmt: skip
     return processes.start("service", command, environment=child_environment, stdout=subprocess.PIPE)
@@ -149,7 +149,3 @@ def service_address(process: subprocess.Popen[bytes], log: Path) -> str:
         if line.startswith(b"listening grpc="):
             return line.decode().strip().removeprefix("listening grpc=")
     raise UnavailableError(f"the service did not start; the end of its log:\n{tail(log)}")
-
-
-def _script(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))

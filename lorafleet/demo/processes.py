@@ -21,14 +21,6 @@ from lorafleet.errors import UnavailableError
 STOP_TIMEOUT_S = 10.0
 
 
-def free_port() -> int:
-    """A TCP port on loopback that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def wait_for_port(port: int, process: subprocess.Popen[bytes], name: str, log: Path, timeout_s: float = 60.0) -> None:
     """Return once something accepts connections on a loopback port; raises with the log's end where it never does."""
     deadline = time.monotonic() + timeout_s

@@ -18,10 +18,11 @@ from lorafleet.assets import base_path
 from lorafleet.coordinator.tree import LocalReducer, Weighted
 from lorafleet.demo import evaluate
 from lorafleet.demo.exactness import relative_error
-from lorafleet.demo.processes import MemoryMeter, Processes, free_port, wait_for_port
+from lorafleet.demo.processes import MemoryMeter, Processes, wait_for_port
 from lorafleet.demo.run import MARKER, prepare
 from lorafleet.demo.traffic import random_mix
 from lorafleet.errors import AlreadyExistsError, UnavailableError
+from lorafleet.flower_commands import free_port
 
 SLEEPER = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); print('up', flush=True); time.sleep(600)"  # noqa: E501
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"

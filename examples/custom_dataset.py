@@ -1,13 +1,11 @@
 """A data owner joins with a dataset of its own: anything with __len__ and __getitem__ that gives texts.
 
-    cd examples && python custom_dataset.py HOST:PORT MEMBER support.sqlite
-
-Flower runs every task in a process of its own, so the dataset is named (module:name) and not passed as an object.
+python examples/custom_dataset.py HOST:PORT MEMBER support.sqlite [CA_CERTIFICATE]
 """
 
-import os
 import sqlite3
 import sys
+from pathlib import Path
 
 from lorafleet.clients.join import join
 
@@ -15,9 +13,10 @@ from lorafleet.clients.join import join
 class Tickets:
     """Solved support tickets of one database, question and answer as one text."""
 
-    def __init__(self) -> None:
-        with sqlite3.connect(f"file:{os.environ['TICKETS_DATABASE']}?mode=ro", uri=True) as database:
-            self.rows = database.execute("SELECT question, answer FROM tickets WHERE solved ORDER BY id").fetchall()
+    def __init__(self, database: str) -> None:
+        uri = f"{Path(database).resolve().as_uri()}?mode=ro"
+        with sqlite3.connect(uri, uri=True) as connection:
+            self.rows = connection.execute("SELECT question, answer FROM tickets WHERE solved ORDER BY id").fetchall()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -28,6 +27,6 @@ class Tickets:
 
 
 if __name__ == "__main__":
-    superlink, member, database = sys.argv[1:]
-    os.environ["TICKETS_DATABASE"] = os.path.abspath(database)
-    join(superlink, data="custom_dataset:Tickets", member=member, rank=16, insecure=True)
+    superlink, member, database, *certificate = sys.argv[1:]
+    root = Path(certificate[0]) if certificate else None
+    join(superlink, data=Tickets(database), member=member, rank=16, insecure=root is None, root_certificates=root)

@@ -1,7 +1,8 @@
 """The Flower ClientApp: orders come as Messages, updates leave as replies.
 
-Every Flower task is a process of its own. The module imports neither torch nor transformers, so that the query that
-asks a node who it is costs a fraction of a second; training and evaluation import them when they are asked for.
+Every Flower task is a process of its own. Where a process has joined (:mod:`lorafleet.clients.join`), the task hands
+its message to it (``handover`` in the node's config is the socket) and imports no model code. In a SuperNode that is
+run by hand, the task does the work itself; only the query that asks a node who it is stays free of torch.
 
 A member's own settings come from its SuperNode's ``--node-config``: ``member`` (its registered key), ``data`` (what
 :func:`lorafleet.clients.data.open_texts` takes), ``rank``, and optionally ``base``, ``device`` and ``dtype``. What is
@@ -14,24 +15,19 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from lorafleet.clients.data import Texts, open_texts, split_texts
-from lorafleet.errors import InvalidInputError, LorafleetError, UnavailableError
-
-if TYPE_CHECKING:
-    from lorafleet.clients.member import Member, Update
+from lorafleet.clients.handover import ORDER, QUERY, Sections, ask, kind_of, refusal
+from lorafleet.clients.introduction import check_settings, introduction
+from lorafleet.errors import InvalidInputError, UnavailableError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# The wire schema's name of this section; its module needs torch, and a query must not.
-HEADER_SECTION = "header"
-DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -68,27 +64,22 @@ def client_app(
             device=_setting("device", device, config.get("device", "cpu"), str),
             dtype=_setting("dtype", dtype, config.get("dtype", "bfloat16"), str),
         )
-        if said.rank < 1:
-            raise InvalidInputError(f"rank: found {said.rank}, expected at least 1")
-        if said.dtype not in DTYPES:
-            raise InvalidInputError(f"dtype: found {said.dtype!r}, expected one of {', '.join(DTYPES)}")
+        check_settings(rank=said.rank, dtype=said.dtype)
         return said
 
-    @app.query()
     def query(message: Message, context: Context) -> Message:
         """Who this node is: member key, rank, and how many documents it can train on."""
 
-        def answer() -> RecordDict:
+        def introduce(_: Sections) -> Sections:
             me = local(context)
-            documents = len(split_texts(open_texts(me.data)).train)
-            said = ConfigRecord({"member": me.member, "rank": me.rank, "num_examples": documents})
-            return RecordDict({HEADER_SECTION: said})
+            return introduction(me.member, me.rank, split_texts(open_texts(me.data)))
 
-        return Message(_discreetly(answer), reply_to=message)
+        return _reply(message, context, QUERY, introduce)
 
     def work(message: Message, context: Context) -> Message:
-        return Message(_discreetly(lambda: _carry_out(message, local(context))), reply_to=message)
+        return _reply(message, context, ORDER, lambda asked: _carry_out(asked, local(context)))
 
+    app.query()(query)
     # An order without steps comes as an evaluation; the order itself says what to do.
     app.train()(work)
     app.evaluate()(work)
@@ -104,67 +95,48 @@ def _setting(name: str, given: T | None, configured: object, kind: type[T]) -> T
     return value
 
 
-def _discreetly(answer: Callable[[], RecordDict]) -> RecordDict:
-    """Run it; Flower sends an error's text to the coordinator, so paths and data stay in this machine's log."""
+def _reply(message: Message, context: Context, kind: str, here: Callable[[Sections], Sections]) -> Message:
+    """The answer of the process that joined, or of this one; Flower sends an error's text to the coordinator, so what
+    may name paths or data stays in this machine's log."""
+    socket = context.node_config.get("handover")
     try:
-        return answer()
+        asked = from_records(message.content)
+        answered = here(asked) if socket is None else ask(Path(str(socket)), kind, asked)
+        return Message(to_records(answered), reply_to=message)
     except Exception as error:
+        if socket is not None and isinstance(error, UnavailableError):
+            raise  # the process that joined has kept the details already
         log.exception("the order could not be carried out")
-        kind = type(error).__name__ if isinstance(error, LorafleetError) else "an unexpected error"
-        raise UnavailableError(f"the member could not do this: {kind}; its own log says more") from None
+        raise UnavailableError(refusal(kind_of(error))) from None
 
 
-def _carry_out(message: Message, me: _Local) -> RecordDict:
-    from lorafleet.adapters.wire import EXPERT_SECTION, ORDER_SECTION, TrainOrder, from_arrays
-    from lorafleet.clients.member import carry_out
+def _carry_out(asked: Sections, me: _Local) -> Sections:
+    from lorafleet.clients.orders import answer, load_member
 
-    config = message.content.config_records.get(ORDER_SECTION)
-    if config is None:
-        raise InvalidInputError(f"found no section {ORDER_SECTION!r} in the message; is the coordinator a lorafleet?")
-    order = TrainOrder.from_config(config)
-    arrays = message.content.array_records.get(EXPERT_SECTION)
-    expert = None
-    if arrays is not None:
-        expert = from_arrays({key: array.numpy() for key, array in arrays.items()}, base=order.base_digest)
-    return to_records(carry_out(_load(me), order, expert, on_step=_report))
-
-
-def _load(me: _Local) -> Member:
-    import torch
-    from transformers import AutoTokenizer
-
-    from lorafleet.assets import base_digest, base_path
-    from lorafleet.clients.member import Member
-    from lorafleet.clients.trainer import load_base
-
-    folder = base_path(me.base)
-    return Member(
-        key=me.member,
-        rank=me.rank,
-        split=split_texts(open_texts(me.data)),
-        model=load_base(folder, device=me.device, dtype=getattr(torch, me.dtype)),
-        tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
-        base_digest=base_digest(folder),
+    split = split_texts(open_texts(me.data))
+    return answer(
+        load_member(me.member, rank=me.rank, split=split, base=me.base, device=me.device, dtype=me.dtype), asked
     )
 
 
-def _report(step: int, loss: float) -> None:
-    log.info("step %d, loss %.4f", step, loss)
-
-
-def to_records(update: Update) -> RecordDict:
-    """The named sections of the wire schema as Flower's records."""
-    from lorafleet.adapters.wire import FACTORS_SECTION, METRICS_SECTION, to_arrays
-
-    records = RecordDict(
-        {
-            HEADER_SECTION: ConfigRecord(dict(update.header.to_config())),
-            METRICS_SECTION: MetricRecord(dict(update.metrics)),
-        }
+def from_records(records: RecordDict) -> Sections:
+    """Flower's records as plain mappings; raises ValueError for an array that only pickle could read."""
+    return Sections(
+        {name: dict(record) for name, record in records.config_records.items()},
+        {name: dict(record) for name, record in records.metric_records.items()},
+        {name: {key: array.numpy() for key, array in record.items()} for name, record in records.array_records.items()},
     )
-    if update.residual is not None:
-        arrays = to_arrays(update.residual)
-        records[FACTORS_SECTION] = ArrayRecord({key: Array(array) for key, array in arrays.items()})
+
+
+def to_records(sections: Sections) -> RecordDict:
+    """The inverse of :func:`from_records`."""
+    records = RecordDict()
+    for name, config in sections.configs.items():
+        records[name] = ConfigRecord(dict(config))
+    for name, metrics in sections.metrics.items():
+        records[name] = MetricRecord(dict(metrics))
+    for name, arrays in sections.arrays.items():
+        records[name] = ArrayRecord({key: Array(array) for key, array in arrays.items()})
     return records
 
 

@@ -1,32 +1,42 @@
-"""Joins a federation: runs a Flower SuperNode as a child for as long as this process lives."""
+"""Joins a federation: keeps the base loaded, and runs a Flower SuperNode for as long as this process lives."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from lorafleet.clients.data import open_texts
+from lorafleet.assets import base_path
+from lorafleet.clients.data import Texts, open_texts, split_texts
+from lorafleet.clients.handover import QUERY, Sections, listening, serve
+from lorafleet.clients.introduction import check_settings, introduction
 from lorafleet.errors import InvalidInputError, NotFoundError, UnavailableError
+from lorafleet.flower_commands import environment, free_port, script
+
+log = logging.getLogger(__name__)
 
 # A SuperNode that is told to stop finishes what it is sending; then it is killed.
 STOP_TIMEOUT_S = 5.0
 
 
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM; no Exception, so that no handler of an order's errors takes it for one."""
+
+
 def join(
     superlink: str,
     *,
-    data: str | Path,
+    data: str | Path | Texts,
     member: str,
     rank: int,
-    base: str = "tiny",
+    base: str | Path = "tiny",
     device: str = "cpu",
     dtype: str = "bfloat16",
     insecure: bool = False,
@@ -35,40 +45,46 @@ def join(
 ) -> None:
     """Serve a federation as ``member`` until SIGINT or SIGTERM, or until the SuperNode ends by itself.
 
-    ``superlink`` is HOST:PORT. ``data`` is a folder, a ``.jsonl`` file, or ``module:name`` of a dataset that Python
-    finds from the current folder. The connection is TLS unless ``insecure``. Call it from the main thread. Raises
-    UnavailableError where the SuperNode fails, InvalidInputError or NotFoundError for arguments that cannot work.
+    ``superlink`` is HOST:PORT. ``data`` is a dataset (anything with ``__len__`` and ``__getitem__`` that gives texts),
+    a folder, a ``.jsonl`` file, or ``module:name`` of a dataset that Python finds from the current folder. The base is
+    loaded once, and training runs in this process. The connection is TLS unless ``insecure``. Call it from the main
+    thread. Raises UnavailableError where the SuperNode fails, InvalidInputError or NotFoundError for arguments that
+    cannot work.
     """
     if insecure and (root_certificates or private_key):
         raise InvalidInputError("found insecure together with certificates or a key: give one of the two")
-    here = str(Path.cwd())
-    if str(data).partition(":")[1] and here not in sys.path:
-        sys.path.append(here)
-    # Opened once here, so that a wrong path is an error now and not in a task's log.
-    if len(open_texts(data)) == 0:
+    check_settings(rank=rank, dtype=dtype)
+    folder = base_path(base)
+    if isinstance(data, str) and ":" in data and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    texts = open_texts(data)
+    if len(texts) == 0:
         raise NotFoundError(f"found no documents in {data}")
-    place = Path(data).expanduser()
-    settings: dict[str, str | int] = {
-        "member": member,
-        "data": str(place.resolve()) if place.exists() else str(data),
-        "rank": rank,
-        "base": str(Path(base).resolve()) if Path(base).is_dir() else base,
-        "device": device,
-        "dtype": dtype,
-    }
-    command = [str(_script("flower-supernode")), "--superlink", superlink, "--node-config", node_config(settings)]
+    split = split_texts(texts)
+    command = [script("flower-supernode"), "--superlink", superlink]
     # Tasks talk to their SuperNode over loopback; the default port would allow one SuperNode a machine.
-    command += ["--host", "127.0.0.1", "--port", str(_free_port())]
+    command += ["--host", "127.0.0.1", "--port", str(free_port())]
     if insecure:
         command.append("--insecure")
     if root_certificates is not None:
         command += ["--root-certificates", str(root_certificates)]
     if private_key is not None:
         command += ["--auth-supernode-private-key", str(private_key)]
-    with tempfile.TemporaryDirectory(prefix="lorafleet-node-") as home:
-        code = _run(command, offline_environment(Path(home), search=here))
-    if code:
-        raise UnavailableError(f"the SuperNode ended with code {code}; its output above says why")
+    # The folder is this user's alone: whoever reaches the socket can have this member train.
+    with tempfile.TemporaryDirectory(prefix="lorafleet-node-") as home, listening(Path(home) / "orders") as orders:
+        command += ["--node-config", node_config({"member": member, "rank": rank, "handover": f"{home}/orders"})]
+        with _stoppable(), _supernode(command, environment(Path(home))) as child:
+            # Loaded while the SuperNode starts and connects, which takes about as long for a small base.
+            from lorafleet.clients.orders import answer, load_member
+
+            me = load_member(member, rank=rank, split=split, base=folder, device=device, dtype=dtype)
+            log.info("%s is ready: %d documents to train on, rank %d", member, len(split.train), rank)
+
+            def carry_out(kind: str, asked: Sections, check: Callable[[], None]) -> Sections:
+                return introduction(member, rank, split) if kind == QUERY else answer(me, asked, check=check)
+
+            serve(orders, carry_out, alive=lambda: child.poll() is None)
+            raise UnavailableError(f"the SuperNode ended with code {child.returncode}; its output above says why")
 
 
 def node_config(settings: Mapping[str, str | int]) -> str:
@@ -86,74 +102,39 @@ def node_config(settings: Mapping[str, str | int]) -> str:
     return " ".join(parts)
 
 
-def offline_environment(home: Path, *, search: str) -> dict[str, str]:
-    """This process's environment, with Flower kept from calling home, from installing, and to a folder of its own."""
-    scripts = str(Path(sys.executable).parent)
-    return {
-        **os.environ,
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "HF_HUB_OFFLINE": "1",
-        # Flower starts its children by name, and they import a member's own dataset.
-        "PATH": os.pathsep.join(filter(None, [scripts, os.environ.get("PATH", "")])),
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), search])),
-    }
-
-
-def _script(name: str) -> Path:
-    path = Path(sys.executable).with_name(name)
-    if not path.is_file():
-        raise NotFoundError(f"{path} is missing: install lorafleet[client]")
-    return path
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _run(command: list[str], environment: Mapping[str, str]) -> int:
-    """The child's exit code; 0 where we were asked to stop and it did."""
-    with _stop_requests() as asked, subprocess.Popen(command, env=dict(environment), start_new_session=True) as child:
+@contextmanager
+def _supernode(command: list[str], variables: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """The child; it ends with the block, and with it all that its session holds: tasks never outlive their member."""
+    with subprocess.Popen(command, env=dict(variables), start_new_session=True) as child:
         try:
-            while True:
-                try:
-                    return 0 if child.wait(timeout=0.2) == 0 or asked else child.returncode
-                except subprocess.TimeoutExpired:
-                    if asked:
-                        break
-            child.terminate()
-            child.wait(timeout=STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass
+            yield child
         finally:
-            _end_group(child)
-    return 0
-
-
-def _end_group(child: subprocess.Popen[bytes]) -> None:
-    """End whatever the SuperNode's session still holds: tasks must not outlive their member."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
+            child.terminate()
+            try:
+                child.wait(timeout=STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                log.warning("the SuperNode did not end within %.0f s and is killed", STOP_TIMEOUT_S)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM end up in the list, instead of ending this process before its child."""
-    asked: list[int] = []
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM end the block, also in the middle of a training, and do not disturb the cleaning up."""
 
-    def hear(number: int, _: FrameType | None) -> None:
-        asked.append(number)
+    def stop(number: int, _: FrameType | None) -> None:
+        for later in before:
+            signal.signal(later, signal.SIG_IGN)
+        raise _Stopped
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, stop)
     try:
-        yield asked
+        yield
+    except _Stopped:
+        log.info("asked to stop; the SuperNode has ended")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

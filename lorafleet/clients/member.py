@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,6 +25,14 @@ class Member:
     model: nn.Module
     tokenizer: Any
     base_digest: str
+    _packed: dict[tuple[str, int], Tensor] = field(default_factory=dict, repr=False)
+
+    def blocks(self, part: Literal["train", "held_out"], length: int) -> Tensor:
+        """One part of the documents in blocks of ``length + 1`` ids; tokenised once for all rounds."""
+        key = (part, length)
+        if key not in self._packed:
+            self._packed[key] = pack(getattr(self.split, part), self.tokenizer, length)
+        return self._packed[key]
 
 
 class Update(NamedTuple):
@@ -49,7 +57,7 @@ def carry_out(
     an expert that is not the one ordered.
     """
     check_order(member, order, expert)
-    held_out = pack(member.split.held_out, member.tokenizer, order.sequence_length)
+    held_out = member.blocks("held_out", order.sequence_length)
     metrics = {
         "held_out_loss": held_out_loss(member.model, held_out, adapter=expert),
         "held_out_tokens": float(_predicted(held_out)),
@@ -65,7 +73,7 @@ def carry_out(
             seed=order.seed,
             init_seed=order.init_seed,
         )
-        blocks = pack(member.split.train, member.tokenizer, order.sequence_length)
+        blocks = member.blocks("train", order.sequence_length)
         result = train_residual(member.model, blocks, settings, expert=expert, on_step=on_step)
         residual, examples = result.residual, result.tokens // order.sequence_length
         metrics["train_loss"] = sum(result.losses) / len(result.losses)

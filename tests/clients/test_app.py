@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,11 @@ from lorafleet.adapters import wire
 from lorafleet.adapters.wire import TrainOrder, UpdateHeader
 from lorafleet.assets import base_digest
 from lorafleet.clients import app as app_module
+from lorafleet.clients import introduction
 from lorafleet.clients.app import client_app
+from lorafleet.clients.data import Split
+from lorafleet.clients.handover import QUERY, Sections, listening, serve
+from lorafleet.clients.orders import answer, load_member
 from lorafleet.errors import UnavailableError
 
 NODE = 7
@@ -159,4 +165,36 @@ def test_member_without_usable_settings_does_not_answer(config: dict[str, Any]) 
 
 
 def test_section_names_are_those_of_the_wire_schema() -> None:
-    assert app_module.HEADER_SECTION == wire.HEADER_SECTION
+    assert introduction.HEADER_SECTION == wire.HEADER_SECTION
+
+
+def test_task_of_a_process_that_joined_hands_its_message_over(tmp_path: Path, base_folder: Path) -> None:
+    split = Split([f"text {n} " * 40 for n in range(6)], ["the quick brown fox " * 20])
+    me = load_member("alder", rank=3, split=split, base=base_folder, device="cpu", dtype="float32")
+    path, ended = tmp_path / "orders", threading.Event()
+
+    def carry_out(kind: str, asked: Sections, check: Callable[[], None]) -> Sections:
+        return introduction.introduction("alder", 3, split) if kind == QUERY else answer(me, asked, check=check)
+
+    where = context(member="alder", handover=str(path))
+    with listening(path) as listener:
+        serving = threading.Thread(
+            target=serve, args=(listener, carry_out), kwargs={"alive": lambda: not ended.is_set()}
+        )
+        serving.start()
+        try:
+            said = ask(app_module.app, MessageType.QUERY, RecordDict(), where).config_records[wire.HEADER_SECTION]
+            assert dict(said) == {"member": "alder", "rank": 3, "num_examples": 6}
+            asked = content(order(base_folder))
+            handed = ask(app_module.app, MessageType.TRAIN, asked, where)
+            again = ask(app_module.app, MessageType.TRAIN, asked, where)
+            with pytest.raises(UnavailableError, match="InvalidInputError"):
+                ask(app_module.app, MessageType.TRAIN, content(order(base_folder, member="birch")), where)
+        finally:
+            ended.set()
+            serving.join(timeout=60)
+    header = UpdateHeader.from_config(handed.config_records[wire.HEADER_SECTION])
+    arrays = {key: array.numpy() for key, array in handed.array_records[wire.FACTORS_SECTION].items()}
+    assert (header.rank, wire.from_arrays(arrays).digest) == (3, header.digest)
+    # The member's base is as it was: the same order gives the same residual.
+    assert again.config_records[wire.HEADER_SECTION]["digest"] == header.digest

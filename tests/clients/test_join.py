@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.common.config import parse_config_args
 
-from lorafleet.clients.join import join, node_config, offline_environment
+from lorafleet.clients.join import join, node_config
 from lorafleet.errors import InvalidInputError, NotFoundError
 
 
@@ -26,18 +26,38 @@ def test_node_config_refuses_what_flower_cannot_read(value: str) -> None:
         node_config({"data": value})
 
 
-def test_environment_keeps_flower_offline_and_finds_its_commands(tmp_path: Path) -> None:
-    environment = offline_environment(tmp_path, search=str(tmp_path / "mine"))
-    assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
-    assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
-    assert environment["FLWR_HOME"] == str(tmp_path)
-    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
-    assert environment["PYTHONPATH"].split(os.pathsep)[-1] == str(tmp_path / "mine")
-
-
 def test_wrong_data_is_an_error_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="absent"):
         join("127.0.0.1:1", data=tmp_path / "absent", member="a", rank=4, insecure=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"rank": 0}, InvalidInputError),
+        ({"dtype": "int8"}, InvalidInputError),
+        ({"base": "absent"}, NotFoundError),
+        ({"data": []}, NotFoundError),
+    ],
+)
+def test_arguments_that_cannot_work_are_errors_before_anything_starts(
+    data_folder: Path, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        join("127.0.0.1:1", **{"data": data_folder, "member": "a", "rank": 4, "insecure": True, **changes})
+
+
+@pytest.mark.process
+def test_supernode_that_fails_ends_the_join_with_its_code(data_folder: Path, base_folder: Path) -> None:
+    absent = data_folder / "absent.pem"
+    script = (
+        "from lorafleet.clients.join import join\n"
+        f"join('127.0.0.1:9', data={str(data_folder)!r}, member='a', rank=4, base={str(base_folder)!r},"
+        f" root_certificates={str(absent)!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "UnavailableError: the SuperNode ended with code" in done.stderr
 
 
 def test_insecure_with_certificates_is_refused(tmp_path: Path, data_folder: Path) -> None:

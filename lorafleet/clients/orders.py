@@ -1,0 +1,79 @@
+"""What a loaded member answers to the messages of a federation: the wire schema on either side of ``carry_out``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from lorafleet.adapters.wire import (
+    EXPERT_SECTION,
+    FACTORS_SECTION,
+    HEADER_SECTION,
+    METRICS_SECTION,
+    ORDER_SECTION,
+    TrainOrder,
+    from_arrays,
+    to_arrays,
+)
+from lorafleet.assets import base_digest, base_path
+from lorafleet.clients.data import Split
+from lorafleet.clients.handover import Sections
+from lorafleet.clients.member import Member, Update, carry_out
+from lorafleet.clients.trainer import load_base
+from lorafleet.errors import InvalidInputError
+
+log = logging.getLogger(__name__)
+
+
+def load_member(key: str, *, rank: int, split: Split, base: str | Path, device: str, dtype: str) -> Member:
+    """A member with its base on ``device``; raises NotFoundError where there is no base."""
+    folder = base_path(base)
+    return Member(
+        key=key,
+        rank=rank,
+        split=split,
+        model=load_base(folder, device=device, dtype=getattr(torch, dtype)),
+        tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        base_digest=base_digest(folder),
+    )
+
+
+def answer(member: Member, asked: Sections, *, check: Callable[[], None] = lambda: None) -> Sections:
+    """Carry out the order in ``asked``. ``check`` runs after every step; what it raises ends the training.
+
+    Raises InvalidInputError or BaseMismatchError for an order that is none, or not this member's.
+    """
+    config = asked.configs.get(ORDER_SECTION)
+    if config is None:
+        raise InvalidInputError(f"found no section {ORDER_SECTION!r} in the message; is the coordinator a lorafleet?")
+    order = TrainOrder.from_config(config)
+    arrays = asked.arrays.get(EXPERT_SECTION)
+    expert = None if arrays is None else from_arrays(arrays, base=order.base_digest)
+
+    def on_step(step: int, loss: float) -> None:
+        log.debug("round %d, step %d of %d: loss %.4f", order.round, step, order.steps, loss)
+        check()
+
+    log.info("round %d of %s: %d steps", order.round, order.federation, order.steps)
+    update = carry_out(member, order, expert, on_step=on_step)
+    log.info("round %d of %s: %s", order.round, order.federation, _summary(update))
+    return to_sections(update)
+
+
+def _summary(update: Update) -> str:
+    metrics = update.metrics
+    held = f"held-out loss of the expert that came {metrics['held_out_loss']:.3f}"
+    if update.residual is None:
+        return held
+    trained = f"rank {update.header.rank}, training loss {metrics['train_loss']:.3f}"
+    return f"{held}; {trained}, {metrics['train_seconds']:.1f} s"
+
+
+def to_sections(update: Update) -> Sections:
+    """The named sections of the wire schema."""
+    arrays = {} if update.residual is None else {FACTORS_SECTION: to_arrays(update.residual)}
+    return Sections({HEADER_SECTION: update.header.to_config()}, {METRICS_SECTION: update.metrics}, arrays)

@@ -12,14 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 
 from lorafleet.adapters import LoraAdapter, weighted_sum
 from lorafleet.assets import base_digest
-from lorafleet.cli import main
+from lorafleet.cli import app, main
+from lorafleet.demo.report import with_targets
 from lorafleet.engine import Engine
+from lorafleet.errors import UnavailableError
 from lorafleet.registry import Registry
 from lorafleet.router_service.server import Server
+from tests.demo.test_report import figures
 from tests.router_service.models import random_adapter, write_base
+from tests.test_documents import commands
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +112,42 @@ def test_every_command_has_help(lorafleet: Command, command: list[str]) -> None:
     assert " ".join(["Usage: lorafleet", *command]) in out
 
 
+def test_every_option_and_argument_is_explained(lorafleet: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # so that no text is folded
+    for words, command in commands(typer.main.get_command(app)):
+        assert command.help, f"lorafleet {' '.join(words)} has no help"
+        shown = " ".join(lorafleet(*words, "--help")[0].replace("│", " ").split())
+        for parameter in command.params:
+            assert parameter.help, f"lorafleet {' '.join(words)}: {parameter.name} has no help"
+            assert parameter.help in shown, f"lorafleet {' '.join(words)}: {parameter.name}'s help is not shown"
+
+
 def test_an_error_is_one_line_on_stderr(lorafleet: Command, store: Store) -> None:
     out, err = lorafleet("adapter", "show", "acme/nothing", *store.options, status=1)
     assert out == ""
     assert re.fullmatch(r"error: .*acme/nothing.*\n", err)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UnavailableError("the  service ended:\n  File x\n\nKeyError: 3\n"),
+         "error: the service ended:\n    File x\n\n  KeyError: 3\n"),
+        (KeyError("a\nb"), "error: KeyError: 'a\\nb' (--debug shows the traceback)\n"),
+        (RuntimeError("found 1\nexpected 2"),
+         "error: RuntimeError: found 1 (--debug shows the traceback)\n  expected 2\n"),
+        (TimeoutError(), "error: TimeoutError (--debug shows the traceback)\n"),
+    ],
+    ids=["log", "unforeseen", "unforeseen, of two lines", "wordless"],
+)  # fmt: skip
+def test_what_an_error_quotes_stands_below_its_line_as_it_was(
+    lorafleet: Command, store: Store, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lorafleet.registry.schema.check", fail)
+    assert lorafleet("db", "check", "--registry", store.url, status=1) == ("", said)
 
 
 def test_debug_shows_the_traceback(store: Store) -> None:
@@ -269,6 +306,42 @@ def test_the_demo_leaves_folders_of_others_alone(lorafleet: Command, tmp_path: P
     (tmp_path / "thesis.txt").write_text("mine")
     assert "is not empty" in lorafleet("demo", "--out", tmp_path, status=1)[1]
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def demo_that_finds(monkeypatch: pytest.MonkeyPatch, **changes: float) -> dict[str, Any]:
+    """Puts a finished run's report in the place of the demo; ``changes`` go into every domain's losses."""
+    report = with_targets(figures(**changes))
+    monkeypatch.setattr("lorafleet.demo.run.run_demo", lambda out: report)
+    return report
+
+
+def test_the_demo_prints_its_report_as_one_document(
+    lorafleet: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = demo_that_finds(monkeypatch)
+    out, err = lorafleet("demo", "--out", tmp_path, "--json")
+    assert (json.loads(out), err) == (json.loads(json.dumps(report)), "")
+
+
+def test_the_demo_prints_its_tables_and_where_the_report_is(
+    lorafleet: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo_that_finds(monkeypatch)
+    out, err = lorafleet("demo", "--out", tmp_path)
+    assert err == ""
+    assert "served 10 requests of 2 tenants" in out and "✗" not in out
+    assert out.splitlines()[-1] == f"report: {tmp_path / 'report.html'}"
+
+
+def test_a_missed_target_of_the_demo_is_printed_and_is_its_exit_status(
+    lorafleet: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo_that_finds(monkeypatch, routed=2.9)
+    out, _ = lorafleet("demo", "--out", tmp_path, status=1)
+    (missed,) = [line for line in out.splitlines() if "✗ missed" in line]
+    assert "gap base → oracle that routed closes" in missed
+    found = json.loads(lorafleet("demo", "--out", tmp_path, "--json", status=1)[0])
+    assert [target["met"] for target in found["targets"]].count(False) == 1
 
 
 # A running server

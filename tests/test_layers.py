@@ -1,11 +1,19 @@
-"""The import rules of docs/structure.md, checked on every import statement of the package, nested ones included."""
+"""The import rules of docs/structure.md, checked on every import statement of the package, nested ones included.
+
+And the surface: every public name is where callers import it from, without libraries that it has no use for.
+"""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+import lorafleet.clients
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lorafleet"
 
@@ -42,6 +50,23 @@ ONLY_IN = {
     "triton": {"kernels/triton.py"},
 }
 
+# All that these parts import beside the standard library: they run where nothing but torch's world is installed.
+THIRD_PARTY = {
+    "kernels": {"torch", "triton"},
+    "adapters": {"torch", "numpy", "safetensors", "transformers"},
+    "engine": {"torch", "transformers"},
+}
+
+# Where callers find what; a name that moves breaks them.
+SURFACE = {
+    "lorafleet.adapters": ["LoraAdapter"],
+    "lorafleet.engine": ["Engine", "SamplingParams"],
+    "lorafleet.coordinator": ["RULES", "SCHEDULERS"],
+    "lorafleet.router_service": ["ROUTERS"],
+    "lorafleet.clients": lorafleet.clients.__all__,
+    "lorafleet.api_client": ["RouterClient"],
+}
+
 
 def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -72,6 +97,8 @@ def violations(part: str, file: str, source: str) -> list[str]:
             bad.append(f"{file} imports {name}")
         elif part not in SEE_EVERYTHING and top in ONLY_IN and file not in ONLY_IN[top]:
             bad.append(f"{file} imports {name}, which is kept to {', '.join(sorted(ONLY_IN[top]))}")
+        elif part in THIRD_PARTY and top not in THIRD_PARTY[part] | {"lorafleet"} | sys.stdlib_module_names:
+            bad.append(f"{file} imports {name}; {part} may import {', '.join(sorted(THIRD_PARTY[part]))}")
     return bad
 
 
@@ -97,7 +124,42 @@ def test_file_keeps_the_import_rules(path: Path) -> None:
         ("engine", "import sqlalchemy.orm"),
         ("adapters", "from flwr.app import Message"),
         ("coordinator", "import ray"),
+        ("kernels", "import numpy as np"),
+        ("adapters", "def f():\n    from scipy.linalg import svd"),
+        ("engine", "import peft"),
     ],
 )
 def test_a_forbidden_import_is_found(part: str, source: str) -> None:
     assert violations(part, f"{part}/x.py", source) != []
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("engine", "import torch.nn.functional\nfrom lorafleet.adapters import LoraAdapter\nimport collections.abc"),
+        ("adapters", "from __future__ import annotations\nimport numpy as np\nfrom safetensors import safe_open"),
+    ],
+)
+def test_an_allowed_import_passes(part: str, source: str) -> None:
+    assert violations(part, f"{part}/x.py", source) == []
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in SURFACE.items() for name in names])
+def test_a_public_name_is_where_callers_import_it_from(module: str, name: str) -> None:
+    assert getattr(import_module(module), name) is not None
+
+
+@pytest.mark.parametrize(
+    ("module", "libraries"),
+    [
+        ("lorafleet.coordinator", {"flwr", "ray"}),
+        ("lorafleet.router_service", {"torch", "grpc"}),
+        ("lorafleet.clients", {"torch", "transformers", "flwr"}),
+    ],
+)
+def test_importing_a_part_loads_nothing_that_it_can_do_without(module: str, libraries: set[str]) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert module in loaded
+    assert libraries & loaded == set()

@@ -1,7 +1,8 @@
 """The ``lorafleet`` command. Results go to stdout (one JSON document with ``--json``), everything else to stderr.
 
-Exit status: 0, 1 for an error (one line ``error: …``), 2 for a wrong command line. The commands import what they need
-when they run, so that ``--help`` does not wait for torch.
+Exit status: 0, 1 for an error (one line ``error: …``, below it, indented, what a message quotes, such as the end of a
+log), 2 for a wrong command line. The commands import what they need when they run, so that ``--help`` does not wait for
+torch.
 """
 
 from __future__ import annotations
@@ -86,7 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if invocation.debug:
             raise
-        known = isinstance(error, LorafleetError | OSError)
-        words = str(error) if known else f"{type(error).__name__}: {error} (--debug shows the traceback)"
-        typer.echo(f"error: {' '.join(words.split())}", err=True)
+        typer.echo(_said(error), err=True)
         sys.exit(1)
+
+
+def _said(error: Exception) -> str:
+    """One line ``error: …``; further lines of the message stand below it as they are, indented."""
+    first, *quoted = str(error).strip().splitlines() or [""]
+    first = " ".join(first.split())
+    if not first or not isinstance(error, LorafleetError | OSError):
+        first = f"{': '.join(filter(None, (type(error).__name__, first)))} (--debug shows the traceback)"
+    return "\n".join([f"error: {first}", *(f"  {line}".rstrip() for line in quoted)])

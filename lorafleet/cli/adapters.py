@@ -15,12 +15,18 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Import, list, show and export adapters of a registry.", no_args_is_help=True)
 
-Reference = Annotated[str, typer.Argument(metavar="TENANT/ADAPTER[@ALIAS|:VERSION]")]
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="TENANT/ADAPTER[@ALIAS|:VERSION]",
+        help="Without alias or version: its champion, or its newest usable one.",
+    ),
+]
 
 
 @app.command("import")
 def import_(
-    name: Annotated[str, typer.Argument(metavar="TENANT/ADAPTER")],
+    name: Annotated[str, typer.Argument(metavar="TENANT/ADAPTER", help="The name that it gets.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter in PEFT format.")],
     base: Annotated[str, typer.Option(metavar="PATH|tiny", help="The base that the adapter was trained on.")],
     registry: stores.RegistryUrl,

@@ -15,7 +15,7 @@ database = typer.Typer(help="Migrate and check a registry's database.", no_args_
 
 @tenants.command()
 def create(
-    name: str,
+    name: Annotated[str, typer.Argument(help="Its name in requests and in references NAME/ADAPTER.")],
     registry: stores.RegistryUrl,
     blobs: stores.BlobFolder,
     weight: Annotated[float, typer.Option(help="Its fair share relative to other tenants.")] = 1.0,

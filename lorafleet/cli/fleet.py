@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -33,21 +34,34 @@ def _coordinator() -> None:
 
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where report.json and report.html go.")] = Path("demo-out"),
+    json: JsonFlag = False,
 ) -> None:
     """Run the whole loop on this machine: clients train, experts are combined, served and routed.
 
-    Exits with 1 where a target of the report was missed.
+    Prints losses and targets, and shows its progress on a terminal. Exits with 1 where a target was missed.
     """
+    from rich.console import Console
+
+    from lorafleet.demo.report import print_tables
     from lorafleet.demo.run import run_demo
 
     # The demo shows its own progress; the arms that it trains beside would log every update.
     logging.getLogger("lorafleet").setLevel(logging.WARNING)
-    if not run_demo(out):
+    report = run_demo(out)
+    if json:
+        print_json(report)
+    else:
+        # Wide enough for every row where there is no terminal whose width would count.
+        print_tables(report, Console(width=None if sys.stdout.isatty() else 120))
+        typer.echo(f"report: {out / 'report.html'}")
+    if not all(target["met"] for target in report["targets"]):
         raise typer.Exit(1)
 
 
 def aggregate(
-    adapters: Annotated[list[str], typer.Argument(metavar="DIR[=WEIGHT]...", help="Adapters in PEFT format.")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="DIR[=WEIGHT]...", help="Adapters in PEFT format; all with a weight or none.")
+    ],
     rule: Annotated[str, typer.Option(metavar="NAME", help="How they are combined: exact, fedit, …")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write, in PEFT format.")],
     rank: Annotated[
@@ -117,7 +131,7 @@ def join(
     rank: Annotated[int, typer.Option(min=1, help="The rank that this machine affords.")] = 8,
     base: Annotated[str, typer.Option(metavar="PATH|tiny", help="Your copy of the federation's base.")] = "tiny",
     device: Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", help="Where to train.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Of the base's weights.")] = Dtype.bfloat16,
+    dtype: Annotated[Dtype, typer.Option(help="How the base's weights are held.")] = Dtype.bfloat16,
     insecure: Annotated[bool, typer.Option("--insecure", help="Connect without TLS.")] = False,
     root_certificates: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The certificates that the SuperLink is checked against.")
@@ -145,7 +159,9 @@ def join(
 
 @coordinator.command()
 def run(
-    federation: Annotated[Path, typer.Argument(metavar="FEDERATION.toml")],
+    federation: Annotated[
+        Path, typer.Argument(metavar="FEDERATION.toml", help="What is agreed: base, rule, limits, members.")
+    ],
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the rounds that are committed.")] = False,
 ) -> None:
     """Run a federation's rounds on a SuperLink that is already there."""

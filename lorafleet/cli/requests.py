@@ -12,13 +12,16 @@ from lorafleet.cli.output import JsonFlag, print_json, print_table
 if TYPE_CHECKING:
     from lorafleet.api_client import GenerateResult
 
+Prompt = Annotated[str, typer.Argument(help="The prompt.")]
 TenantName = Annotated[str, typer.Option("--tenant", help="The tenant to call as.")]
 ServerAddress = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="A server's gRPC address.")]
-Timeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", min=0.001, help="For the whole call.")]
+Timeout = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0.001, help="How long the whole call may take.")
+]
 
 
 def route(
-    text: str,
+    text: Prompt,
     tenant: TenantName,
     server: ServerAddress = "127.0.0.1:50051",
     timeout: Timeout = 120.0,
@@ -40,17 +43,25 @@ def route(
 
 
 def generate(
-    text: str,
+    text: Prompt,
     tenant: TenantName,
     server: ServerAddress = "127.0.0.1:50051",
     model: Annotated[
         str, typer.Option(metavar="base|auto|REFERENCE", help="The bare base, the router's choice, or an adapter.")
     ] = "",
     mix: Annotated[list[str], typer.Option(metavar="REFERENCE=WEIGHT", help="Instead of a model; repeatable.")] = [],  # noqa: B006
-    max_tokens: Annotated[int | None, typer.Option(min=0, help="(default: the engine's)")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy. (default: the engine's)")] = None,
-    top_p: Annotated[float | None, typer.Option(help="(default: the engine's)")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="0 is all. (default: the engine's)")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=0, help="New tokens at most. (default: the engine's)")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of the sampling; 0 is greedy. (default: the engine's)")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from the likeliest tokens of this total probability. (default: the engine's)"),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0 is all. (default: the engine's)"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str], typer.Option(help="End before this string; repeatable.")] = [],  # noqa: B006
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,

@@ -184,9 +184,11 @@ def _base(name: str) -> tuple[Any, Any, str]:
     """(model, tokenizer, digest), loaded once a worker."""
     import torch
     from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     from lorafleet.clients.trainer import load_base
 
+    disable_progress_bar()  # a worker's stderr is the demo's own
     folder = base_path(name)
     return load_base(folder, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(folder), base_digest(folder)
 

@@ -8,9 +8,8 @@ import tempfile
 from pathlib import Path
 
 from lorafleet.demo.corpora import Corpora
-from lorafleet.demo.processes import Processes, tail, wait_for_port
+from lorafleet.demo.processes import Processes, wait_for_line, wait_for_port
 from lorafleet.demo.settings import TENANT, DemoSettings
-from lorafleet.errors import UnavailableError
 from lorafleet.flower_commands import environment as flower_environment
 from lorafleet.flower_commands import free_port, script
 
@@ -139,13 +138,9 @@ def start_service(
         script("lorafleet"), "serve", "--base", settings.base, "--registry", registry, "--blobs", str(blobs),
         "--grpc", "127.0.0.1:0", "--dtype", "float32", "--threads", str(threads),
     ]  # fmt: skip
-    return processes.start("service", command, environment=child_environment, stdout=subprocess.PIPE)
+    return processes.start("service", command, environment=child_environment)
 
 
 def service_address(process: subprocess.Popen[bytes], log: Path) -> str:
-    """The address that the service prints once it listens; raises with its last words where it ends instead."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(b"listening grpc="):
-            return line.decode().strip().removeprefix("listening grpc=")
-    raise UnavailableError(f"the service did not start; the end of its log:\n{tail(log)}")
+    """The address that the service prints once it listens; UnavailableError with its log's end where it does not."""
+    return wait_for_line(log, r"listening grpc=(\S+:\d+)", process, "service")[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,6 +31,26 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], name: str, log: P
         time.sleep(0.1)
     ended = "ended" if process.poll() is not None else f"did not listen within {timeout_s:.0f} s"
     raise UnavailableError(f"{name} {ended}; the end of {log}:\n{tail(log)}")
+
+
+def wait_for_line(
+    log: Path, pattern: str, process: subprocess.Popen[bytes], name: str, timeout_s: float = 120.0
+) -> re.Match[str]:
+    """The first whole line of a child's log that the pattern matches from end to end; a line still being written waits.
+
+    UnavailableError with the log's end where the child ends, or ``timeout_s`` passes, before it wrote one.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        # Looked at before the log is read: what the child wrote before it ended is in there.
+        ended, late = process.poll() is not None, time.monotonic() >= deadline
+        for line in log.read_text(errors="replace").splitlines(keepends=True):
+            if line.endswith("\n") and (found := re.fullmatch(pattern, line.strip())):
+                return found
+        if ended or late:
+            state = "ended" if ended else f"did not write {pattern!r} within {timeout_s:.0f} s"
+            raise UnavailableError(f"{name} {state}; the end of {log}:\n{tail(log)}")
+        time.sleep(0.1)
 
 
 def tail(log: Path, lines: int = 12) -> str:
@@ -63,10 +84,9 @@ class Processes:
         command: Sequence[str],
         *,
         environment: Mapping[str, str],
-        stdout: int | None = None,
         may_end: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Start a child; its output goes to ``NAME.log``, or its stdout to a pipe where ``stdout`` says so.
+        """Start a child; its output goes to ``NAME.log``.
 
         ``may_end``: the child has an end of its own, and has done its work where that is with code 0.
         """
@@ -75,7 +95,7 @@ class Processes:
                 list(command),
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
-                stdout=log if stdout is None else stdout,
+                stdout=log,
                 stderr=log,
                 # A group of its own: Ctrl-C reaches the demo alone, which ends its children in order.
                 start_new_session=True,

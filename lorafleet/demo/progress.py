@@ -1,4 +1,4 @@
-"""What the demo shows while it runs: one line a step with its time, and bars where there is something to count."""
+"""What the demo shows on a terminal while it runs: a line a step with its time, bars where there is a count."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TICK_S = 3.0
 
 
 class Progress:
-    """A live display on a terminal; plain lines with times where there is none.
+    """A live display on a terminal; without one it shows nothing.
 
     ``on_tick`` is called about every three seconds from a thread of its own, for what has to be sampled meanwhile.
     """
@@ -56,4 +56,5 @@ class Progress:
             yield lambda done: self._live.update(task, completed=done)
         finally:
             self._live.remove_task(task)
-        self._console.print(f"[green]✓[/] {name} [dim]{time.monotonic() - began:.1f} s[/]")
+        if self._console.is_terminal:
+            self._console.print(f"[green]✓[/] {name} [dim]{time.monotonic() - began:.1f} s[/]")

@@ -74,13 +74,13 @@ def write(report: Mapping[str, Any], out: Path) -> None:
     (out / "report.html").write_text(page(report))
 
 
-def with_targets(report: dict[str, Any]) -> tuple[dict[str, Any], list[Target]]:
-    targets = check_targets(report)
-    return {**report, "targets": [asdict(target) for target in targets]}, targets
+def with_targets(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with its targets, each with what was found and whether it was met."""
+    return {**report, "targets": [asdict(target) for target in check_targets(report)]}
 
 
-def print_tables(report: Mapping[str, Any], targets: list[Target], console: Console) -> None:
-    """Losses by domain and arm, then the targets."""
+def print_tables(report: Mapping[str, Any], console: Console) -> None:
+    """Losses by domain and arm, what was served, then the targets of a report that has them."""
     losses = Table(title="held-out loss, nats per token", title_justify="left")
     losses.add_column("domain")
     for arm in ARMS:
@@ -101,8 +101,9 @@ def print_tables(report: Mapping[str, Any], targets: list[Target], console: Cons
     table = Table(title="targets", title_justify="left")
     for column in ("", "figure", "found", "expected"):
         table.add_column(column, justify="right" if column == "found" else "left")
-    for target in targets:
-        table.add_row("[green]✓[/]" if target.met else "[red]✗[/]", target.name, f"{target.found:.3g}", target.expected)
+    for target in report["targets"]:
+        verdict = "[green]✓ met[/]" if target["met"] else "[red]✗ missed[/]"
+        table.add_row(verdict, target["name"], f"{target['found']:.3g}", target["expected"])
     console.print(table)
 
 

@@ -14,6 +14,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -64,14 +65,16 @@ class Workplace:
     tokenizer: Tokenizer
 
 
-def run_demo(out: Path, *, settings: DemoSettings | None = None, console: Console | None = None) -> bool:
-    """Run the loop, write ``report.json`` and ``report.html`` into ``out``, and say whether every target was met.
+def run_demo(out: Path, *, settings: DemoSettings | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Run the loop, write ``report.json`` and ``report.html`` into ``out``, and return what ``report.json`` holds.
 
-    ``out`` may be absent, empty, or hold an earlier demo, which is replaced. Every process that the demo starts ends
-    with it, however it ends.
+    ``out`` may be absent, empty, or hold an earlier demo, which is replaced; AlreadyExistsError where it holds
+    something else, UnavailableError where a part does not start or ends early. Every process that the demo starts ends
+    with it, however it ends. ``console`` (stderr's by default) shows the progress where it is a terminal.
     """
     settings = settings or DemoSettings()
-    console = console or Console(stderr=True)
+    # Asked of the stream itself: rich takes FORCE_COLOR, which CI services set, for a terminal.
+    console = console or Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
     began, meter = time.monotonic(), MemoryMeter()
     prepare(out)
     with interruptible(), Progress(console, on_tick=meter.sample) as progress:
@@ -79,11 +82,9 @@ def run_demo(out: Path, *, settings: DemoSettings | None = None, console: Consol
             corpora = build_corpora(out / "corpora", seed=settings.seed).of_domains(settings.domains)
         found = loop(out, settings, corpora, progress)
     found = {**found, "peak_memory_bytes": meter.peak_bytes, "seconds": time.monotonic() - began}
-    final, targets = report.with_targets(found)
+    final = report.with_targets(found)
     report.write(final, out)
-    report.print_tables(final, targets, console)
-    console.print(f"report: {out / 'report.html'}")
-    return not settings.judged or all(target.met for target in targets)
+    return final
 
 
 def usable_cores() -> int:

@@ -28,8 +28,6 @@ class DemoSettings:
     windows: int = 12
     """Held-out windows a domain."""
     burst_requests: int = 64
-    judged: bool = True
-    """Whether missed targets make the run fail; a shortened run has none to keep."""
 
     def federation(self, rule: str = "exact") -> FederationSettings:
         """The agreement of all arms that differ in the rule only."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
 
 from lorafleet.demo.corpora import Corpora, build_corpora
 from lorafleet.demo.corpora import build as build_module
-from lorafleet.demo.corpora.sources import base_corpus_digests, documents
+from lorafleet.demo.corpora.sources import base_corpus_digests, documents, site_packages
 from lorafleet.demo.corpora.sql import sql_script
 from lorafleet.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 
@@ -102,6 +103,43 @@ def test_selected_domains_bring_their_owners(corpora: Corpora) -> None:
         corpora.of_domains(("cobol",))
 
 
+def read_by_the_base(corpora: Corpora, root: Path, digests: Collection[str]) -> set[str]:
+    """Sources of the corpora whose whole text has one of the digests, by the rule of scripts/train_tiny_base.py.
+
+    Files are read again from ``root``: what the corpora hold of them is cut, and has another digest.
+    """
+    found = set()
+    for file in corpora.files:
+        # SQL has no source but the text that was written.
+        raw = (corpora.folder / file.name if file.domain == "sql" else root / file.source).read_bytes()
+        if hashlib.sha256(raw.decode("utf-8").encode()).hexdigest() in digests:
+            found.add(file.source)
+    return found
+
+
+def test_a_source_that_the_base_has_read_is_found_although_its_text_is_cut_and_is_then_left_out(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "site-packages"
+    shutil.copytree(environment, root)
+    # Longer than what is taken of a file, and with a header that is taken off.
+    write_texts(root / "sympy" / "long", ".py", files=1, lines=600, seed=9)
+    write_texts(root / "package-1.0.dist-info", ".rst", files=1, lines=60, seed=10)
+    description = root / "package-1.0.dist-info" / "file0.rst"
+    description.with_name("METADATA").write_text(f"Name: package\n\n{description.read_text()}")
+    description.unlink()
+    planted = {"sympy/long/file0.py", "package-1.0.dist-info/METADATA"}
+    digests = frozenset(hashlib.sha256((root / source).read_bytes()).hexdigest() for source in planted)
+
+    before = build_corpora(tmp_path / "before", seed=7, root=root)
+    assert not digests & {file.sha256 for file in before.files}
+    assert read_by_the_base(before, root, digests) == planted
+
+    monkeypatch.setattr(build_module, "base_corpus_digests", lambda: digests)
+    after = build_corpora(tmp_path / "after", seed=7, root=root)
+    assert read_by_the_base(after, root, digests) == set()
+
+
 def test_texts_that_the_base_has_read_are_left_out(environment: Path) -> None:
     everything = documents(root=environment, seed=0, excluded=frozenset(), limit_bytes=1_000_000)["math"]
     read = hashlib.sha256((environment / everything[0].source).read_bytes()).hexdigest()
@@ -187,8 +225,7 @@ def test_running_environment_gives_the_sizes_that_the_demo_needs(tmp_path: Path)
         assert owner.shares[owner.domain] > 0.4
     for domain in corpora.domains:
         assert 40_000 <= domain.held_out_bytes <= 80_000
-    pinned = base_corpus_digests()
-    assert not pinned & {file.sha256 for file in corpora.files}
+    assert read_by_the_base(corpora, site_packages(), base_corpus_digests()) == set()
     assert json.loads((corpora.folder / "corpora.json").read_text())["seed"] == 7
 
 

@@ -25,8 +25,7 @@ FLAGS = [
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_draws_and_fits(tmp_path: Path, width: int) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
-    final, _ = report.with_targets(figures())
-    report.write(final, tmp_path)
+    report.write(report.with_targets(figures()), tmp_path)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": width, "height": 900})

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer
 
 from lorafleet.adapters import LoraAdapter, LoraPair
 from lorafleet.assets import base_path
 from lorafleet.coordinator.tree import LocalReducer, Weighted
 from lorafleet.demo import evaluate
-from lorafleet.demo.exactness import relative_error
-from lorafleet.demo.processes import MemoryMeter, Processes, wait_for_port
+from lorafleet.demo.exactness import module_error, relative_error, sum_error, unevenly_weighted
+from lorafleet.demo.fleet import service_address
+from lorafleet.demo.processes import MemoryMeter, Processes, wait_for_line, wait_for_port
+from lorafleet.demo.progress import Progress
 from lorafleet.demo.run import MARKER, prepare
 from lorafleet.demo.traffic import random_mix
 from lorafleet.errors import AlreadyExistsError, UnavailableError
@@ -54,17 +60,61 @@ def updates() -> dict[str, Weighted]:
     for k, rank in enumerate((4, 8, 32)):
         generator = torch.Generator().manual_seed(k)
         pair = LoraPair(torch.randn(rank, 48, generator=generator), torch.randn(20, rank, generator=generator))
-        found[f"m{k}"] = Weighted(LoraAdapter({"q": pair}), 1 / 3)
+        found[f"m{k}"] = Weighted(LoraAdapter({"q": pair, "v": LoraPair(pair.a, -pair.b)}), 1 / 3)
     return found
 
 
-def test_exactness_of_the_real_tree_is_float32_rounding_and_a_wrong_one_is_found() -> None:
-    class Forgetful(LocalReducer):
-        def reduce(self, rule: str, updates: dict[str, Weighted]) -> LoraAdapter:  # type: ignore[override]
-            return super().reduce(rule, dict(list(updates.items())[:-1]))
+def test_a_modules_error_is_the_distance_from_the_dense_sum_over_its_norm() -> None:
+    # B A of the members: [[1, 2]] and [[3, 0]]; 0.25 and 0.75 of them are [[2.5, 0.5]], of norm √6.5.
+    one, other = (
+        LoraPair(torch.tensor([[1.0, 2.0]]), torch.ones(1, 1)),
+        LoraPair(torch.eye(2), torch.tensor([[3.0, 0]])),
+    )
+    members = {"m1": Weighted(LoraAdapter({"q": one}), 0.25), "m2": Weighted(LoraAdapter({"q": other}), 0.75)}
+    # Found is [[2.5, 1.0]]: off by 0.5.
+    found = LoraAdapter({"q": LoraPair(torch.tensor([[2.5, 1.0]]), torch.ones(1, 1))})
+    assert module_error(found, members, "q") == pytest.approx(0.5 / 6.5**0.5, rel=1e-12)
+    assert sum_error(members, LocalReducer()) < 1e-7
 
-    assert relative_error(updates(), LocalReducer()) < 1e-6
-    assert relative_error(updates(), Forgetful()) > 0.1
+
+def test_uneven_weights_sum_to_one_over_a_hundredfold_range_whoever_came_first() -> None:
+    members = updates()
+    weights = {name: weight for name, (_, weight) in unevenly_weighted(members).items()}
+    assert sum(weights.values()) == pytest.approx(1.0)
+    assert max(weights.values()) / min(weights.values()) == pytest.approx(100.0)
+    again = unevenly_weighted(dict(reversed(members.items())))
+    assert {name: weight for name, (_, weight) in again.items()} == weights
+    assert all(again[name].adapter is members[name].adapter for name in members)
+
+
+def test_the_real_tree_is_exact_up_to_the_rounding_to_float32() -> None:
+    assert 0 < relative_error(updates(), LocalReducer()) < 1e-6
+
+
+def forgets_a_member(members: Mapping[str, Weighted]) -> Mapping[str, Weighted]:
+    return dict(list(members.items())[:-1])
+
+
+def weighs_all_alike(members: Mapping[str, Weighted]) -> Mapping[str, Weighted]:
+    """Right under the equal weights of a run whose members do the same steps, and under no others."""
+    return {name: update._replace(weight=1 / len(members)) for name, update in members.items()}
+
+
+def loses_a_module(members: Mapping[str, Weighted]) -> Mapping[str, Weighted]:
+    return {name: Weighted(LoraAdapter({"q": a.modules["q"]}), weight) for name, (a, weight) in members.items()}
+
+
+def invents_a_module(members: Mapping[str, Weighted]) -> Mapping[str, Weighted]:
+    return {name: Weighted(LoraAdapter({**a.modules, "x": a.modules["q"]}), w) for name, (a, w) in members.items()}
+
+
+@pytest.mark.parametrize("spoil", [forgets_a_member, weighs_all_alike, loses_a_module, invents_a_module])
+def test_a_wrong_sum_is_found(spoil: Callable[[Mapping[str, Weighted]], Mapping[str, Weighted]]) -> None:
+    class Wrong:
+        def reduce(self, rule: str, updates: Mapping[str, Weighted]) -> LoraAdapter:
+            return LocalReducer().reduce(rule, spoil(updates))
+
+    assert relative_error(updates(), Wrong()) > 0.1
 
 
 def test_a_folder_that_is_not_ours_is_never_emptied(tmp_path: Path) -> None:
@@ -83,8 +133,8 @@ def test_an_earlier_demos_folder_is_replaced(tmp_path: Path) -> None:
 
 
 def started(processes: Processes, name: str, code: str) -> subprocess.Popen[bytes]:
-    process = processes.start(name, [sys.executable, "-c", code], environment=os.environ, stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    process = processes.start(name, [sys.executable, "-c", code], environment=os.environ)
+    wait_for_line(processes.log(name), "up", process, name)
     return process
 
 
@@ -132,6 +182,67 @@ def test_a_port_that_nobody_opens_is_said(tmp_path: Path) -> None:
         process = processes.start("mute", [sys.executable, "-c", "print('hello')"], environment=os.environ)
         with pytest.raises(UnavailableError, match=r"mute ended[\s\S]*hello"):
             wait_for_port(free_port(), process, "mute", processes.log("mute"))
+
+
+ANNOUNCES_AND_GOES_ON = """
+import sys, time
+print("a warning", file=sys.stderr)
+print("listening grpc=127.0.0.1:", end="", flush=True)
+time.sleep(0.3)
+print("4711", flush=True)
+print("x" * 300_000, flush=True)
+print("still here", flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_services_address_is_a_whole_line_and_what_it_says_later_blocks_nobody(tmp_path: Path) -> None:
+    with Processes(tmp_path) as processes:
+        log = processes.log("service")
+        command = [sys.executable, "-c", ANNOUNCES_AND_GOES_ON]
+        process = processes.start("service", command, environment=os.environ)
+        assert service_address(process, log) == "127.0.0.1:4711"
+        # More than a pipe holds, and nobody has read it.
+        assert wait_for_line(log, "still here", process, "service")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise SystemExit('no such base')", "no such base"),
+        ("print('listening grpc=127.0.0.1:47', end='')", "listening grpc=127.0.0.1:47"),
+    ],
+    ids=["an error", "half a line"],
+)
+def test_a_service_that_ends_before_it_listens_is_said_with_its_last_words(
+    tmp_path: Path, code: str, words: str
+) -> None:
+    with Processes(tmp_path) as processes:
+        process = processes.start("service", [sys.executable, "-c", code], environment=os.environ)
+        with pytest.raises(UnavailableError, match=rf"service ended[\s\S]*{words}"):
+            service_address(process, processes.log("service"))
+
+
+def test_a_line_that_never_comes_is_not_waited_for_forever(tmp_path: Path) -> None:
+    with Processes(tmp_path) as processes:
+        process = started(processes, "sleeper", SLEEPER)
+        with pytest.raises(UnavailableError, match=r"sleeper did not write 'down' within 0 s[\s\S]*up"):
+            wait_for_line(processes.log("sleeper"), "down", process, "sleeper", timeout_s=0.0)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown_on_a_terminal_only(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafleet.demo.progress.TICK_S", 0.01)
+    text, ticked = io.StringIO(), threading.Event()
+    with Progress(Console(file=text, force_terminal=terminal, width=80), on_tick=ticked.set) as progress:
+        with progress.step("a round", total=2) as done:
+            done(1)
+        with pytest.raises(UnavailableError), progress.step("a step that fails"):
+            raise UnavailableError("the service ended")
+        assert ticked.wait(timeout=30)
+    assert ("✓" in text.getvalue() and "a round" in text.getvalue()) == terminal
+    assert text.getvalue().count("✓") == terminal
+    assert terminal or text.getvalue() == ""
 
 
 def test_memory_of_children_counts() -> None:

@@ -127,8 +127,7 @@ class Reader(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) -> None:
-    final, _ = report.with_targets(figures())
-    report.write(final, tmp_path)
+    report.write(report.with_targets(figures()), tmp_path)
     text = (tmp_path / "report.html").read_text()
     reader = Reader()
     reader.feed(text)
@@ -141,8 +140,12 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Path) ->
 
 
 def test_the_terminal_shows_every_domain_and_every_target() -> None:
-    final, targets = report.with_targets(figures(routed=2.9))
+    final = report.with_targets(figures(routed=2.9))
     text = io.StringIO()
-    report.print_tables(final, targets, Console(file=text, width=140))
+    report.print_tables(final, Console(file=text, width=120))
     shown = text.getvalue()
-    assert all(word in shown for word in ("cpp", "sql", "mean", "✗", *(t.name for t in targets)))
+    names = [target["name"] for target in final["targets"]]
+    assert len(names) == 10
+    assert all(word in shown for word in ("cpp", "sql", "mean", *names))
+    (missed,) = [line for line in shown.splitlines() if "✗ missed" in line]
+    assert "gap base → oracle that routed closes" in missed

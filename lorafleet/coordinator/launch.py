@@ -16,7 +16,7 @@ from typing import IO
 
 from lorafleet import flower_commands
 from lorafleet.assets import describe_base, flower_app_path
-from lorafleet.coordinator.settings import CoordinatorConfig
+from lorafleet.coordinator.settings import CoordinatorConfig, check_terms
 from lorafleet.errors import AlreadyExistsError, InvalidInputError, NotFoundError, UnavailableError
 from lorafleet.registry import Federation, Registry
 
@@ -29,8 +29,8 @@ STOP_TIMEOUT_S = 20.0
 def run(federation_toml: Path, resume: bool = False) -> None:
     """Register what the file names and run its rounds; Flower's log goes to stderr.
 
-    Raises InvalidInputError where rounds are there already and ``resume`` is not set, UnavailableError where the run
-    failed (with Flower's last words).
+    Raises InvalidInputError where the federation was registered with other terms, or has rounds already and ``resume``
+    is not set; UnavailableError where the run failed (with Flower's last words).
     """
     config = CoordinatorConfig.load(federation_toml)
     registry = Registry.open(config.registry, config.blobs)
@@ -44,20 +44,34 @@ def run(federation_toml: Path, resume: bool = False) -> None:
             f"{config.federation.tenant}/{config.federation.name} has {len(done)} committed rounds: "
             "pass --resume to go on after them, or name another federation"
         )
-    submit(config.superlink, federation_toml, log_to=sys.stderr)
+    submit(
+        config.superlink,
+        federation_toml,
+        insecure=config.insecure,
+        root_certificates=config.root_certificates,
+        log_to=sys.stderr,
+    )
 
 
 def register(config: CoordinatorConfig, registry: Registry) -> Federation:
-    """Tenants, base, federation and members as the file names them; what is there already stays."""
+    """Tenants, base, federation and members as the file names them; what is there already stays.
+
+    Raises InvalidInputError, and writes nothing, where the federation was registered with other terms.
+    """
     settings = config.federation
     base = describe_base(settings.base)
-    record = registry.register_base(base.name, base.digest, architecture=base.architecture, parameters=base.parameters)
+    federation: Federation | None = None
+    with contextlib.suppress(NotFoundError):
+        federation = registry.federation(settings.tenant, settings.name)
+    if federation is not None:
+        _confirm(config, base.digest, federation, registry)
     for name in sorted({settings.tenant, *config.members.values()}):
         with contextlib.suppress(AlreadyExistsError):
             registry.create_tenant(name)
-    try:
-        federation = registry.federation(settings.tenant, settings.name)
-    except NotFoundError:
+    if federation is None:
+        record = registry.register_base(
+            base.name, base.digest, architecture=base.architecture, parameters=base.parameters
+        )
         federation = registry.create_federation(
             settings.tenant, settings.name, base=record.digest, settings=settings.to_dict()
         )
@@ -68,40 +82,83 @@ def register(config: CoordinatorConfig, registry: Registry) -> Federation:
     return federation
 
 
-def submit(superlink: str, federation_toml: Path, *, log_to: IO[str]) -> None:
-    """Submit the packaged app to a SuperLink and follow it to its end; raises UnavailableError where it fails."""
+def _confirm(config: CoordinatorConfig, base_digest: str, federation: Federation, registry: Registry) -> None:
+    known = {member.key: member.tenant for member in registry.members(federation)}
+    name = f"{federation.tenant}/{federation.name}"
+    if changed := check_terms(config, base_digest, federation, known):
+        listed = ", ".join(f"{d.key} {d.found} (recorded {d.recorded})" for d in changed)
+        log.info("%s: this run uses %s; the registry keeps what it recorded", name, listed)
+    if absent := sorted(known.keys() - config.members.keys()):
+        log.warning("%s: the file does not name %s, who stay members", name, ", ".join(absent))
+
+
+def submit(
+    superlink: str,
+    federation_toml: Path,
+    *,
+    insecure: bool = False,
+    root_certificates: Path | None = None,
+    log_to: IO[str],
+) -> None:
+    """Submit the packaged app to a SuperLink and follow it to its end.
+
+    The connection is TLS unless ``insecure``, checked against ``root_certificates`` (PEM) or the public authorities.
+    Raises NotFoundError where that file is missing, UnavailableError where the SuperLink cannot be reached or the run
+    fails.
+    """
+    if root_certificates is not None and not root_certificates.is_file():
+        raise NotFoundError(f"no root certificates at {root_certificates}; expected a PEM file")
     with tempfile.TemporaryDirectory(prefix="lorafleet-flwr-") as folder:
         home, app = Path(folder) / "home", Path(folder) / "app"
         home.mkdir()
         shutil.copytree(flower_app_path(), app, ignore=shutil.ignore_patterns("__pycache__"))
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "{_CONNECTION}"\n\n'
-            f'[superlink.{_CONNECTION}]\naddress = "{superlink}"\ninsecure = true\n'
-        )
+        connection = connection_toml(superlink, insecure=insecure, root_certificates=root_certificates)
+        (home / "config.toml").write_text(connection, encoding="utf-8")
+        # A file: what Flower takes on the command line cannot hold every path.
+        run_config = home / "run.toml"
+        run_config.write_text(f"federation = {_toml(str(federation_toml.resolve()))}\n", encoding="utf-8")
         environment = flower_commands.environment(home)
-        run_id = _follow(
-            [
-                *_flwr("run"),
-                str(app),
-                _CONNECTION,
-                "--stream",
-                "--run-config",
-                f'federation="{federation_toml.resolve()}"',
-            ],
-            environment,
-            log_to,
-        )
+        command = [*_flwr("run"), str(app), _CONNECTION, "--stream", "--run-config", str(run_config)]
+        run_id, last_words = _follow(command, environment, log_to)
+        if not run_id:
+            trust = "without TLS" if insecure else f"by TLS, trusting {root_certificates or 'the public authorities'}"
+            raise UnavailableError(
+                f"the SuperLink at {superlink}, asked {trust}, did not take the run: {last_words.rstrip('.')}. "
+                "Start it there, or let coordinator.root_certificates or coordinator.insecure say how it was started"
+            )
         status, details = _status(run_id, environment)
         if status != "finished:completed":
             raise UnavailableError(f"the Flower run {run_id} ended as {status}: {details}; its log says why")
+
+
+def connection_toml(superlink: str, *, insecure: bool, root_certificates: Path | None) -> str:
+    """Flower's own config file with one connection: the SuperLink, and how it is trusted."""
+    lines = [
+        "[superlink]",
+        f"default = {_toml(_CONNECTION)}",
+        f"[superlink.{_CONNECTION}]",
+        f"address = {_toml(superlink)}",
+        f"insecure = {str(insecure).lower()}",
+    ]
+    if root_certificates is not None:
+        lines.append(f"root-certificates = {_toml(str(root_certificates.resolve()))}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(text: str) -> str:
+    """A TOML string. JSON escapes all that TOML does but DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _flwr(command: str) -> list[str]:
     return [flower_commands.script("flwr"), command]
 
 
-def _follow(command: list[str], environment: Mapping[str, str], log_to: IO[str]) -> str:
-    """Run ``flwr run``, pass its output on, and return the run's id; stopped by us, the run is stopped too."""
+def _follow(command: list[str], environment: Mapping[str, str], log_to: IO[str]) -> tuple[str, str]:
+    """Run ``flwr run`` and pass its output on; returns the run's id, or "" where there is none, and its last words.
+
+    Stopped by us, the run is stopped too.
+    """
     run_id, tail = "", [""] * 8
     # A session of its own: Ctrl-C reaches this process alone, which then stops the run in an orderly way.
     with subprocess.Popen(
@@ -115,11 +172,11 @@ def _follow(command: list[str], environment: Mapping[str, str], log_to: IO[str])
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                log_to.write(line)
-                log_to.flush()
                 tail = [*tail[1:], line.rstrip()]
                 if match := re.search(r"started run (\d+)", line):
                     run_id = match[1]
+                log_to.write(line)
+                log_to.flush()
         except BaseException:
             process.terminate()
             if run_id:
@@ -127,9 +184,8 @@ def _follow(command: list[str], environment: Mapping[str, str], log_to: IO[str])
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     subprocess.run(stop, env=dict(environment), capture_output=True, timeout=STOP_TIMEOUT_S)
             raise
-    if not run_id:
-        raise UnavailableError("the SuperLink did not take the run: " + " ".join(line for line in tail if line))
-    return run_id
+    # Without the frames that Flower draws around its errors.
+    return run_id, " ".join(re.sub("[\u2500-\u257f]+", " ", " ".join(tail)).split())
 
 
 def _status(run_id: str, environment: Mapping[str, str]) -> tuple[str, str]:

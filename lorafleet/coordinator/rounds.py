@@ -67,15 +67,19 @@ class Standing:
 def run_federation(settings: FederationSettings, federation: Federation, parts: Parts) -> Standing:
     """Run or resume all rounds of a federation; returns where it stands after the last one.
 
-    Raises UnavailableError where fewer members than the quorum are here, or a round had to be abandoned.
+    Raises UnavailableError where fewer members than the quorum are here before a round, or it had to be abandoned.
     """
     standing = resume(settings, federation, parts.registry)
     if standing.round:
         log.info("continuing after round %d", standing.round)
-    members = join_members(settings, federation, parts)
+    members: Mapping[str, MemberInfo] = {}
     while standing.committed < settings.rounds:
+        # Each round anew: members restart, come late, and leave.
+        members = present_members(settings, federation, parts, before=members, quorum=settings.quorum)
         standing = run_round(settings, federation, parts, standing, members)
     if settings.evaluate_last:
+        # What is committed is committed, however few are left to measure it.
+        members = present_members(settings, federation, parts, before=members, quorum=0)
         evaluate(settings, parts, standing, members)
     return standing
 
@@ -102,18 +106,33 @@ def resume(settings: FederationSettings, federation: Federation, registry: Regis
     )
 
 
-def join_members(settings: FederationSettings, federation: Federation, parts: Parts) -> dict[str, MemberInfo]:
-    """The registered members that are here; others who answer are ignored, with a warning."""
+def present_members(
+    settings: FederationSettings,
+    federation: Federation,
+    parts: Parts,
+    *,
+    before: Mapping[str, MemberInfo],
+    quorum: int,
+) -> dict[str, MemberInfo]:
+    """The registered members that are here; others who answer are ignored, with a warning.
+
+    ``before`` is who was here at the last look; who came and who went since is logged. Raises UnavailableError below
+    the quorum.
+    """
     registered = {member.key for member in parts.registry.members(federation)}
     here = dict(parts.transport.members())
     for stranger in sorted(here.keys() - registered):
         log.warning("%s is no member of %s and gets no work", stranger, settings.name)
         del here[stranger]
-    if len(here) < settings.quorum:
+    if came := [f"{m.key} (rank {m.rank})" for m in here.values() if m.key not in before]:
+        log.info("%d of %d members are here, new: %s", len(here), len(registered), ", ".join(came))
+    if gone := sorted(before.keys() - here.keys()):
+        log.warning("%d of %d members are here, gone: %s", len(here), len(registered), ", ".join(gone))
+    if len(here) < quorum:
         raise UnavailableError(
-            f"{len(here)} of {len(registered)} members are here, the quorum is {settings.quorum}: start more clients"
+            f"{len(here)} of {len(registered)} members are here, the quorum is {quorum}: "
+            "start more clients, then resume"
         )
-    log.info("%d members are here: %s", len(here), ", ".join(f"{m.key} (rank {m.rank})" for m in here.values()))
     return here
 
 

@@ -12,13 +12,16 @@ from lorafleet.adapters.base_shapes import base_shapes
 from lorafleet.assets import base_digest, base_path
 from lorafleet.coordinator.flower_grid import FlowerTransport
 from lorafleet.coordinator.rounds import Parts, run_federation
-from lorafleet.coordinator.settings import CoordinatorConfig
+from lorafleet.coordinator.settings import CoordinatorConfig, check_terms
 from lorafleet.coordinator.tree import LocalReducer, RayReducer
 from lorafleet.registry import Registry
 
 log = logging.getLogger(__name__)
 
+# The first round waits this long for the members that are registered.
 JOIN_TIMEOUT_S = 90.0
+# Later rounds wait this long for nodes that have just come: they ask for work every 3 s, and a query starts a process.
+REFRESH_TIMEOUT_S = 10.0
 
 app = ServerApp()
 
@@ -31,15 +34,21 @@ def main(grid: Grid, context: Context) -> None:
     config = CoordinatorConfig.load(Path(str(context.run_config["federation"])))
     settings = config.federation
     base = base_path(settings.base)
+    digest = base_digest(base)
     registry = Registry.open(config.registry, config.blobs)
     reducer = LocalReducer() if config.ray_address == "local" else RayReducer(config.ray_address)
     try:
         federation = registry.federation(settings.tenant, settings.name)
-        transport = FlowerTransport(grid, expected=len(registry.members(federation)), join_timeout_s=JOIN_TIMEOUT_S)
+        members = {member.key: member.tenant for member in registry.members(federation)}
+        # Once more: the file may have changed since it was submitted.
+        check_terms(config, digest, federation, members)
+        transport = FlowerTransport(
+            grid, expected=members.keys(), join_timeout_s=JOIN_TIMEOUT_S, refresh_timeout_s=REFRESH_TIMEOUT_S
+        )
         run_federation(
             settings,
             federation,
-            Parts(registry, transport, reducer, base_digest(base), base_shapes(base)),
+            Parts(registry, transport, reducer, digest, base_shapes(base)),
         )
     finally:
         if isinstance(reducer, RayReducer):

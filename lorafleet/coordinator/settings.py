@@ -5,15 +5,20 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lorafleet.coordinator.rules import get_rule
 from lorafleet.coordinator.schedulers import get_scheduler
 from lorafleet.coordinator.validation import UpdatePolicy
 from lorafleet.errors import InvalidInputError, NotFoundError
+from lorafleet.registry import Federation
 
 T = TypeVar("T")
+
+# How long, how often and with how many members a run works; nothing that the experts are made of.
+MAY_CHANGE = frozenset({"rounds", "deadline_s", "at_once", "evaluate_last", "quorum"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,10 @@ class CoordinatorConfig:
     """``HOST:PORT`` of a running cluster's head, ``auto`` to find one, or ``local`` to reduce without Ray."""
     superlink: str
     """``HOST:PORT``"""
+    insecure: bool = False
+    """Whether the SuperLink is reached without TLS."""
+    root_certificates: Path | None = None
+    """PEM file that the SuperLink's certificate is checked against; None for the public authorities."""
     members: Mapping[str, str] = field(default_factory=dict)
     """Member key → tenant, registered when the federation starts."""
 
@@ -92,7 +101,7 @@ class CoordinatorConfig:
         if not path.is_file():
             raise NotFoundError(f"no federation file at {path}; docs/federation.md shows one")
         try:
-            values = tomllib.loads(path.read_text())
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise InvalidInputError(f"{path} is not TOML: {error}") from None
         federation = dict(values.get("federation", {}))
@@ -102,10 +111,100 @@ class CoordinatorConfig:
         coordinator = dict(values.get("coordinator", {}))
         if unknown := set(values) - {"federation", "training", "policy", "coordinator", "members"}:
             raise InvalidInputError(f"{path}: unknown tables {', '.join(sorted(unknown))}")
-        if "blobs" in coordinator:
-            coordinator["blobs"] = (path.parent / coordinator["blobs"]).resolve()
+        for key in coordinator.keys() & {"blobs", "root_certificates"}:
+            coordinator[key] = _path(path.parent, key, coordinator[key])
+        if "superlink" in coordinator:
+            coordinator["insecure"] = without_tls(
+                coordinator["superlink"],
+                insecure=coordinator.get("insecure"),
+                root_certificates=coordinator.get("root_certificates"),
+            )
         built = FederationSettings.from_dict(federation)
         return _build(cls, {**coordinator, "federation": built, "members": values.get("members", {})}, "coordinator")
+
+
+def without_tls(superlink: str, *, insecure: bool | None, root_certificates: Path | None) -> bool:
+    """Whether to reach a SuperLink (``HOST:PORT``) without TLS: as the file says, and by default on loopback alone.
+
+    Raises InvalidInputError where the file says both, neither for another machine, or something else.
+    """
+    if not isinstance(superlink, str):
+        raise InvalidInputError(f'[coordinator]: superlink is {superlink!r}, expected "HOST:PORT"')
+    if insecure is not None and not isinstance(insecure, bool):
+        raise InvalidInputError(f"[coordinator]: insecure is {insecure!r}, expected true or false")
+    if insecure and root_certificates is not None:
+        raise InvalidInputError("[coordinator]: found insecure = true and root_certificates: give one of the two")
+    if insecure is not None or root_certificates is not None:
+        return bool(insecure)
+    if not _is_loopback(superlink):
+        raise InvalidInputError(
+            f"[coordinator]: superlink {superlink} may be another machine, and the file does not say how to trust it: "
+            'expected root_certificates = "ca.crt" for TLS, or insecure = true'
+        )
+    return True
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Difference(NamedTuple):
+    """A key on which a file and the registry disagree; keys of tables are written ``training.steps``."""
+
+    key: str
+    found: Any
+    recorded: Any
+
+
+def differences(recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Difference]:
+    """What differs between two documents of nested tables, by key; a key that one of them lacks is None there."""
+    old, new = _flat(recorded), _flat(asked)
+    return [
+        Difference(key, new.get(key), old.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if new.get(key) != old.get(key)
+    ]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def check_terms(
+    config: CoordinatorConfig, base_digest: str, federation: Federation, registered: Mapping[str, str]
+) -> list[Difference]:
+    """Compare a file with the federation that the registry holds; returns what differs and may.
+
+    ``base_digest`` is that of the file's base, which is compared in the place of its path; ``registered`` maps member
+    keys to tenants. What was not recorded counts as its default. Raises InvalidInputError where they differ in what
+    the experts are made of, or in whose a member is.
+    """
+    agreed = FederationSettings.from_dict({"tenant": federation.tenant, "name": federation.name, **federation.settings})
+    both = registered.keys() & config.members.keys()
+    found = differences(
+        {**agreed.to_dict(), "base": federation.base_digest, "members": {key: registered[key] for key in both}},
+        {**config.federation.to_dict(), "base": base_digest, "members": {key: config.members[key] for key in both}},
+    )
+    if refused := [difference for difference in found if difference.key not in MAY_CHANGE]:
+        listed = "; ".join(f"{d.key}: found {d.found!r}, recorded {d.recorded!r}" for d in refused)
+        raise InvalidInputError(
+            f"{federation.tenant}/{federation.name} was registered with other terms than the file's: {listed}. "
+            "Restore the recorded values, or name another federation"
+        )
+    return found
+
+
+def _path(folder: Path, key: str, value: object) -> Path:
+    if not isinstance(value, str):
+        raise InvalidInputError(f"[coordinator]: {key} is {value!r}, expected a path")
+    return (folder / value).resolve()
 
 
 def _build(cls: type[T], values: Mapping[str, Any], table: str) -> T:

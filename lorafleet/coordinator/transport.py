@@ -42,7 +42,7 @@ class Transport(Protocol):
     """Sends orders to members by key and brings their replies; never raises for one bad member."""
 
     def members(self) -> Mapping[str, MemberInfo]:
-        """The members that are here now, by key."""
+        """The members that are here now, by key; asked before every round, so it is quick where nothing changed."""
         ...
 
     def send(self, orders: Mapping[str, Order]) -> None:

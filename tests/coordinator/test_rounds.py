@@ -237,6 +237,55 @@ def test_too_few_members_start_no_round(tmp_path: Path, opened: list[Registry]) 
     assert registry.rounds(federation) == []
 
 
+def test_a_member_that_comes_late_gets_work_from_the_next_round_on_and_one_that_is_gone_gets_none(
+    tmp_path: Path, four: Scripted, opened: list[Registry]
+) -> None:
+    registry, federation, parts = start(tmp_path, four, SETTINGS)
+    opened.append(registry)
+    late, leaving = four.answers.pop("b2"), four.answers["a1"]
+
+    def last_words(order: Order) -> Reply:
+        del four.answers["a1"]
+        four.answers["b2"] = late
+        return leaving(order)
+
+    four.answers["a1"] = last_words
+    standing = run_federation(SETTINGS, federation, parts)
+    asked = [{o.order.member for o in four.ordered if o.order.round == number} for number in (1, 2, 3)]
+    assert asked == [{"a1", "a2", "b1"}, {"a2", "b1", "b2"}, {"a2", "b1", "b2"}]
+    assert standing.assignment["b1"] == standing.assignment["b2"] == "expert-2"
+
+
+def test_a_round_that_loses_the_quorum_before_it_starts_is_not_opened(
+    tmp_path: Path, four: Scripted, opened: list[Registry]
+) -> None:
+    registry, federation, parts = start(tmp_path, four, SETTINGS)
+    opened.append(registry)
+    answer = four.answers["b2"]
+
+    def last_words(order: Order) -> Reply:
+        for member in ("a1", "a2", "b1"):
+            del four.answers[member]
+        return answer(order)
+
+    four.answers["b2"] = last_words  # the last to be asked
+    with pytest.raises(UnavailableError, match="1 of 4 members are here, the quorum is 2"):
+        run_federation(SETTINGS, federation, parts)
+    assert [r.state for r in registry.rounds(federation)] == ["committed"]
+
+
+def test_rounds_that_are_done_are_measured_by_whoever_is_left(
+    tmp_path: Path, four: Scripted, opened: list[Registry]
+) -> None:
+    registry, federation, parts = start(tmp_path, four, SETTINGS)
+    opened.append(registry)
+    run_federation(replace(SETTINGS, evaluate_last=False), federation, parts)
+    four.answers = {"b1": four.answers["b1"]}
+    standing = run_federation(SETTINGS, federation, parts)
+    version = standing.versions[standing.assignment["b1"]]
+    assert {e.member for e in registry.evaluations(version)} == {"b1"}
+
+
 def test_a_stranger_gets_no_work(tmp_path: Path, four: Scripted, opened: list[Registry]) -> None:
     registry, federation, parts = start(tmp_path, four, SETTINGS)
     opened.append(registry)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import grpc
 
@@ -19,6 +19,56 @@ from lorafleet.errors import GRPC_STATUS, InvalidInputError, LorafleetError, Una
 from lorafleet.proto.router.v1 import router_pb2, router_pb2_grpc
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are picked; what is left out, or None, has the engine's default.
+
+    In this order: penalties, ``logit_bias``, ``min_tokens``, ``temperature``, ``top_k``, ``top_p``, ``min_p``.
+    """
+
+    max_tokens: int | None
+    """0 only scores the prompt, and needs ``prompt_logprobs``."""
+    temperature: float | None
+    """0 is greedy."""
+    top_p: float | None
+    """Keeps the likeliest tokens whose probabilities add up to this."""
+    top_k: int | None
+    """Keeps the k likeliest tokens; 0 keeps all."""
+    min_p: float | None
+    """Keeps the tokens at least this likely, as a share of the likeliest one."""
+    repetition_penalty: float | None
+    """Divides the logits of tokens in the prompt or generated; multiplies negative ones."""
+    presence_penalty: float | None
+    """Taken from the logits of generated tokens."""
+    frequency_penalty: float | None
+    """Taken from the logits of generated tokens once for each time."""
+    logit_bias: Mapping[int, float] | None
+    """Token id → what is added to its logit."""
+    seed: int | None
+    """Makes sampling reproducible."""
+    stop: Sequence[str]
+    """The generation ends before the first of these texts."""
+    stop_token_ids: Sequence[int]
+    """The generation ends before the text of the first of these tokens."""
+    ignore_eos: bool
+    min_tokens: int | None
+    """The first so many tokens end the generation neither by end of text nor by a stop token or text."""
+    logprobs: bool
+    """Of the generated tokens, under the model's own distribution: before all of the above."""
+    top_logprobs: int | None
+    """With ``logprobs``: those of so many of the most likely tokens, at most 20."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    token_id: int
+    logprob: float
+    """Nats."""
+
+
+TopLogprobs = tuple[TokenLogprob, ...]
+"""The most likely tokens in the place of a generated one, the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +106,8 @@ class Chunk:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     """Nats, one for each token; empty unless asked for."""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """One for each token; empty unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +124,8 @@ class GenerateResult:
     """Where the router decided."""
     prompt_logprobs: tuple[float, ...]
     """Nats, for the prompt's tokens from the second on; empty unless asked for."""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    """One for each token; empty unless asked for."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +153,7 @@ class TokenStream:
                 if message.HasField("summary"):
                     self._result = _result(self._chunks, message.summary)
                 else:
-                    self._chunks.append(Chunk(message.text, tuple(message.token_ids), tuple(message.logprobs)))
+                    self._chunks.append(_chunk(message))
                     yield self._chunks[-1]
         except grpc.RpcError as error:
             raise _from_rpc(error, self._address) from None
@@ -153,31 +207,11 @@ class RouterClient:
         *,
         model: str = "",
         mix: Mapping[str, float] | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        logprobs: bool = False,
         prompt_logprobs: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> GenerateResult:
         """Generates a continuation and waits for its end; the arguments are those of :meth:`stream`."""
-        with self.stream(
-            prompt,
-            model=model,
-            mix=mix,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            ignore_eos=ignore_eos,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        ) as stream:
+        with self.stream(prompt, model=model, mix=mix, prompt_logprobs=prompt_logprobs, **sampling) as stream:
             for _ in stream:
                 pass
             return stream.result
@@ -188,35 +222,22 @@ class RouterClient:
         *,
         model: str = "",
         mix: Mapping[str, float] | None = None,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        logprobs: bool = False,
         prompt_logprobs: bool = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> TokenStream:
         """Generates a continuation, chunk by chunk.
 
         ``model``: "" or "base" for the bare base, "auto" for the router's choice, or a reference
-        ``TENANT/ADAPTER[@ALIAS|:VERSION]``; ``mix``: reference → weight, instead of a model. What is None has the
-        engine's default.
+        ``TENANT/ADAPTER[@ALIAS|:VERSION]``; ``mix``: reference → weight, instead of a model; ``sampling``: see
+        :class:`SamplingOptions`.
         """
         try:
-            sampling = router_pb2.Sampling(
-                max_tokens=max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
-                stop=stop,
-                ignore_eos=ignore_eos,
-                logprobs=logprobs,
-            )
             request = router_pb2.GenerateRequest(
-                prompt=prompt, model=model, mix=mix, sampling=sampling, prompt_logprobs=prompt_logprobs
+                prompt=prompt,
+                model=model,
+                mix=mix,
+                sampling=router_pb2.Sampling(**sampling),
+                prompt_logprobs=prompt_logprobs,
             )
         except (TypeError, ValueError) as error:
             raise InvalidInputError(f"the request cannot be sent as it is: {error}") from None
@@ -260,6 +281,11 @@ _FINISH_REASONS: Mapping[int, FinishReason] = {
 }
 
 
+def _chunk(message: router_pb2.GenerateResponse) -> Chunk:
+    top = (tuple(TokenLogprob(one.token_id, one.logprob) for one in place.tokens) for place in message.top_logprobs)
+    return Chunk(message.text, tuple(message.token_ids), tuple(message.logprobs), tuple(top))
+
+
 def _result(chunks: Sequence[Chunk], summary: router_pb2.GenerateSummary) -> GenerateResult:
     return GenerateResult(
         text="".join(chunk.text for chunk in chunks),
@@ -270,6 +296,7 @@ def _result(chunks: Sequence[Chunk], summary: router_pb2.GenerateSummary) -> Gen
         mix=_mix(summary.mix),
         route=_decision(summary.route) if summary.HasField("route") else None,
         prompt_logprobs=tuple(summary.prompt_logprobs),
+        top_logprobs=tuple(place for chunk in chunks for place in chunk.top_logprobs),
     )
 
 

@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="lorafleet", obj=invocation)
     except ModuleNotFoundError as error:
-        if invocation.debug:
-            raise
+        if invocation.debug or (error.name or "").partition(".")[0] == "lorafleet":
+            raise  # a fault of this package, not a missing one
         typer.echo(
             f"error: this command needs {error.name}, which is not installed: pip install 'lorafleet[server]' for a "
             "service or a coordinator, 'lorafleet[client]' for a data owner, 'lorafleet[demo]' for all",

@@ -62,19 +62,51 @@ def generate(
         int | None,
         typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0 is all. (default: the engine's)"),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from tokens at least this likely, as a share of the likeliest. (default: all)"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Divides the logits of tokens in the prompt or generated; 1 is none. (default: none)"),
+    ] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Taken from the logits of generated tokens. (default: none)")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Taken from the logits of generated tokens, each time. (default: none)")
+    ] = None,
+    logit_bias: Annotated[
+        list[str], typer.Option(metavar="TOKEN_ID=BIAS", help="Added to a token's logit; repeatable.")
+    ] = [],  # noqa: B006
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling reproducible.")] = None,
     stop: Annotated[list[str], typer.Option(help="End before this string; repeatable.")] = [],  # noqa: B006
+    stop_token: Annotated[
+        list[int], typer.Option(metavar="TOKEN_ID", min=0, help="End before this token; repeatable.")
+    ] = [],  # noqa: B006
+    min_tokens: Annotated[
+        int | None, typer.Option(min=0, help="The first so many tokens do not end the text. (default: 0)")
+    ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: the tokens' log-likelihoods.")] = False,
+    top_logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, max=20, help="With --json --logprobs: those of so many of the likeliest tokens, too."),
+    ] = None,
     timeout: Timeout = 120.0,
     json: JsonFlag = False,
 ) -> None:
     """Continue a text; prints the continuation as it comes, and what answered on stderr."""
     from lorafleet.api_client import RouterClient
 
-    weights = {name: _weight(value) for name, value in stores.named_values(mix, form="REFERENCE=WEIGHT")}
+    weights = {name: _number("weight", value) for name, value in stores.named_values(mix, form="REFERENCE=WEIGHT")}
     if len(weights) != len(mix):
         raise typer.BadParameter("found a reference twice in the mix; add its weights up")
+    biases = {
+        _token(name): _number("bias", value) for name, value in stores.named_values(logit_bias, form="TOKEN_ID=BIAS")
+    }
+    if len(biases) != len(logit_bias):
+        raise typer.BadParameter("found a token twice in the biases; add them up")
     with (
         RouterClient(server, tenant=tenant, timeout_s=timeout) as client,
         client.stream(
@@ -85,10 +117,18 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=biases,
             seed=seed,
             stop=stop,
+            stop_token_ids=stop_token,
+            min_tokens=min_tokens,
             ignore_eos=ignore_eos,
             logprobs=logprobs,
+            top_logprobs=top_logprobs,
         ) as stream,
     ):
         for chunk in stream:
@@ -102,11 +142,17 @@ def generate(
         typer.echo(_summary(result), err=True)
 
 
-def _weight(text: str) -> float:
+def _number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise typer.BadParameter(f"found the weight {text!r}, expected a number") from None
+        raise typer.BadParameter(f"found the {name} {text!r}, expected a number") from None
+
+
+def _token(text: str) -> int:
+    if not text.isdecimal():
+        raise typer.BadParameter(f"found the token {text!r}, expected the number of a token")
+    return int(text)
 
 
 def _summary(result: GenerateResult) -> str:

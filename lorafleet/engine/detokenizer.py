@@ -56,17 +56,23 @@ class StopFinder:
         self._held = ""
         self.found = False
 
-    def push(self, text: str) -> str:
-        """The text that is certainly before any stop text. Nothing comes after ``found`` is set."""
+    def push(self, text: str, *, may_end: bool = True) -> str:
+        """The text that is certainly before any stop text. Nothing comes after ``found`` is set.
+
+        Where it may not end yet, a stop text that is complete within ``text`` is text like any other.
+        """
         if self.found:
             return ""
         if not self._stops:
             return text
+        held = len(self._held)  # no stop text that counts ends in here
         text = self._held + text
-        at = min((i for i in (text.find(stop) for stop in self._stops) if i >= 0), default=-1)
-        if at >= 0:
-            self.found, self._held = True, ""
-            return text[:at]
+        if may_end:
+            starts = (text.find(stop, max(0, held - len(stop) + 1)) for stop in self._stops)
+            at = min((start for start in starts if start >= 0), default=-1)
+            if at >= 0:
+                self.found, self._held = True, ""
+                return text[:at]
         hold = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 from lorafleet.adapters import LoraAdapter
-from lorafleet.engine.kv_cache import KvCache
+from lorafleet.engine.kv_pages import PAGE_TOKENS, KvPages, pages_for
+from lorafleet.engine.memory import kv_pages
 from lorafleet.engine.mixture_linear import MixtureContext
 from lorafleet.engine.model import LoadedBase, as_device, as_dtype, load_base
+from lorafleet.engine.page_allocator import PageAllocator
+from lorafleet.engine.prefix import CopiedPrefixes, Prefixes, SharedPrefixes
 from lorafleet.engine.request import FinishReason, Generation, Request
 from lorafleet.engine.residency import Residency
 from lorafleet.engine.runner import ModelRunner, Outcome
@@ -39,6 +42,12 @@ class EngineStats:
     requests_failed_total: int
     prompt_tokens_total: int
     """prompt tokens computed"""
+    prefix_tokens_total: int
+    """tokens that were found in the cache instead"""
+    preemptions_total: int
+    """how often a request gave up its memory for another and was computed again"""
+    kv_pages: int
+    kv_pages_in_use: int
     generated_tokens_total: int
     steps_total: int
     adapter_packings_total: int
@@ -60,21 +69,28 @@ class Engine:
         device: torch.device,
         max_sequences: int,
         max_batch_tokens: int,
+        pages: int,
+        kept_pages: int,
     ) -> None:
         """Use :meth:`load`."""
         self._base = base
-        cache = KvCache(
+        cache = KvPages(
             layers=base.layers,
             kv_heads=base.kv_heads,
             head_dim=base.head_dim,
-            slots=max_sequences,
-            max_tokens=base.context_tokens,
+            pages=pages + kept_pages,
             device=device,
             dtype=base.dtype,
         )
         self._residency = Residency(base, Bank(base.groups, device=device))
         self._runner = ModelRunner(base, cache=cache, residency=self._residency, context=context, device=device)
-        self._scheduler = Scheduler(cache, max_batch_tokens=max_batch_tokens)
+        self._pages = PageAllocator(pages)
+        prefixes: Prefixes = SharedPrefixes(self._pages)
+        if device.type == "cpu":
+            prefixes = CopiedPrefixes(self._pages, kept=kept_pages, copy=cache.copy)
+        self._scheduler = Scheduler(
+            self._pages, prefixes, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, clear=cache.clear
+        )
         self._tickets: dict[Request, Ticket] = {}
         self._cancelled: set[Ticket] = set()
         self._finished_total = self._failed_total = 0
@@ -95,11 +111,13 @@ class Engine:
         dtype: str | torch.dtype = "bfloat16",
         max_sequences: int = 64,
         max_batch_tokens: int = 1024,
+        kv_tokens: int | None = None,
     ) -> Engine:
         """Load a base (the name of a shipped one, or a folder in HF format).
 
-        ``max_sequences`` run at a time, others wait; a step computes at most ``max_batch_tokens`` tokens. Raises
-        NotFoundError where the base is missing, InvalidInputError where it is not supported.
+        ``max_sequences`` run at a time, others wait; a step computes at most ``max_batch_tokens`` tokens. Keys and
+        values of ``kv_tokens`` tokens are kept, by default as many as the device's free memory allows; more load than
+        that waits. Raises NotFoundError where the base is missing, InvalidInputError where it is not supported.
         """
         if not 1 <= max_sequences <= max_batch_tokens:
             raise InvalidInputError(
@@ -109,7 +127,29 @@ class Engine:
         on, as_type = as_device(device), as_dtype(dtype)
         context = MixtureContext(mixture_path())
         loaded = load_base(base, device=on, dtype=as_type, context=context)
-        return cls(loaded, context=context, device=on, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens)
+        page_bytes = KvPages.page_bytes(
+            layers=loaded.layers, kv_heads=loaded.kv_heads, head_dim=loaded.head_dim, dtype=loaded.dtype
+        )
+        if kv_tokens is None:
+            most = max_sequences * pages_for(loaded.context_tokens)
+            pages = kv_pages(page_bytes=page_bytes, most_pages=most, device=on)
+        elif kv_tokens < 1:
+            raise InvalidInputError(f"found kv_tokens {kv_tokens}, expected at least 1")
+        else:
+            pages = pages_for(kv_tokens)
+        logger.info(
+            "%s: keys and values of %d tokens in %.0f MB, up to %d sequences",
+            loaded.name, pages * PAGE_TOKENS, pages * page_bytes / 1e6, max_sequences,
+        )  # fmt: skip
+        return cls(
+            loaded,
+            context=context,
+            device=on,
+            max_sequences=max_sequences,
+            max_batch_tokens=max_batch_tokens,
+            pages=pages,
+            kept_pages=pages // 2 if on.type == "cpu" else 0,
+        )
 
     @property
     def base_digest(self) -> str:
@@ -123,7 +163,7 @@ class Engine:
     @property
     def context_tokens(self) -> int:
         """The longest prompt; a generated token sees at most this many tokens."""
-        return self._base.context_tokens
+        return min(self._base.context_tokens, self._pages.pages * PAGE_TOKENS)
 
     def add_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> str:
         """Load an adapter (or a folder in PEFT format) under a name; returns its digest.
@@ -148,8 +188,12 @@ class Engine:
         *,
         mix: Mapping[str, float] | None = None,
         sampling: SamplingParams | None = None,
+        salt: str = "",
     ) -> Ticket:
         """Queue a request. A text is encoded with the end-of-text token before it, as documents were in training.
+
+        What requests with the same ``salt``, mix and first tokens have computed is shared; a tenant's own salt keeps
+        others from measuring what it has asked.
 
         Raises InvalidInputError for a prompt that is empty, longer than the context or holds unknown ids, or for a
         weight out of range; NotFoundError for an adapter that is not loaded.
@@ -162,6 +206,7 @@ class Engine:
             sampling=sampling,
             max_new=min(sampling.max_tokens, self.context_tokens - len(tokens) + 1),
             decode=self._base.decode,
+            salt=salt,
         )
         ticket = Ticket(advance=self._advance, cancel=self._cancel)
         with self._lock:
@@ -241,6 +286,10 @@ class Engine:
                 requests_finished_total=self._finished_total,
                 requests_failed_total=self._failed_total,
                 prompt_tokens_total=self._prompt_tokens_total,
+                prefix_tokens_total=self._scheduler.prefix_tokens_total,
+                preemptions_total=self._scheduler.preemptions_total,
+                kv_pages=self._pages.pages,
+                kv_pages_in_use=self._pages.in_use,
                 generated_tokens_total=self._generated_tokens_total,
                 steps_total=self._steps_total,
                 adapter_packings_total=self._residency.packings_total,
@@ -345,7 +394,8 @@ class Engine:
             self._fail(request, InvalidInputError("the mix gives logits that are not finite; its adapters are damaged"))
             return
         request.computed = run.stop
-        request.prompt_logprobs.extend(outcome.prompt_logprobs)
+        # From their place on: a request that gave up its memory scores its prompt once more.
+        request.prompt_logprobs[run.start :] = outcome.prompt_logprobs or request.prompt_logprobs[run.start :]
         reason: FinishReason | None = None
         if outcome.token is not None:
             chunk, reason = request.accept(outcome.token, logprob=outcome.logprob, eos=self._base.eos)
@@ -354,6 +404,9 @@ class Engine:
             reason = "length"
         if reason is not None:
             self._finish(request, reason)
+        else:
+            with self._lock:
+                self._scheduler.computed(request)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         ticket = self._forget(request)

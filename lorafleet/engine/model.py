@@ -12,28 +12,39 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorafleet.assets import base_digest, base_path
 from lorafleet.engine.attention import ATTENTION_NAME
+from lorafleet.engine.base_weight import BaseWeight, lay_out
 from lorafleet.engine.detokenizer import Decode
+from lorafleet.engine.fused_layer import fuse_layers
 from lorafleet.engine.mixture_linear import MixtureContext, wrap_linears
 from lorafleet.errors import InvalidInputError, NotFoundError
 from lorafleet.kernels import GroupSpec
 
-# Architectures whose greedy tokens were compared with transformers' own (tests/engine/test_architectures.py): plain
-# causal attention through the attention interface, logits straight from the output layer. Value: where the layers are.
+# Architectures whose greedy tokens were compared with transformers' own (tests/engine/test_architectures.py): causal
+# attention through the attention interface, logits from the output layer, at most soft-capped. Value: where the layers
+# are.
 CHECKED_ARCHITECTURES = {
     "llama": "model.layers",
     "mistral": "model.layers",
     "qwen2": "model.layers",
     "qwen3": "model.layers",
     "gemma": "model.layers",
+    "gemma2": "model.layers",
+    "gemma3_text": "model.layers",
     "glm4": "model.layers",
     "gpt2": "transformer.h",
+    "gpt_neox": "gpt_neox.layers",
     "helium": "model.layers",
     "olmo2": "model.layers",
+    "opt": "model.decoder.layers",
     "phi": "model.layers",
     "phi3": "model.layers",
     "smollm3": "model.layers",
     "starcoder2": "model.layers",
 }
+# Those that hand the window of each layer to the attention interface; checked with windows shorter than prompts.
+WINDOWED_ARCHITECTURES = (
+    "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "starcoder2",
+)  # fmt: skip
 # Rotary embeddings that depend on the position alone. Dynamic ones depend on the longest sequence of the batch, and
 # what a request computes must not depend on who else is there.
 CHECKED_ROPE = ("default", "linear", "llama3", "yarn")
@@ -47,14 +58,17 @@ class LoadedBase:
     model: nn.Module
     decoder: nn.Module
     """the model without its output layer"""
-    head: nn.Module
-    """the output layer: hidden states to logits"""
+    head: BaseWeight
+    """the output layer: hidden states ``[N, hidden]`` to logits ``[N, vocabulary]``"""
     tokenizer: Any
     decode: Decode
     """token ids to text, special tokens left out"""
     groups: tuple[GroupSpec, ...]
     dtype: torch.dtype
     digest: str
+    name: str
+    logit_softcap: float | None
+    """c: logits z become c · tanh(z / c), as in Gemma 2"""
     context_tokens: int
     eos: frozenset[int]
     """tokens that end a generation"""
@@ -110,16 +124,21 @@ def load_base(
         use_safetensors=True,
     )
     model = model.to(device).eval().requires_grad_(False)
-    groups = wrap_linears(model, layers_path=CHECKED_ARCHITECTURES[config.model_type], context=context)
+    output = model.get_output_embeddings()
+    layers_path = CHECKED_ARCHITECTURES[config.model_type]
+    groups = wrap_linears(model, layers_path=layers_path, context=context)
+    fuse_layers(model, layers_path=layers_path)
     return LoadedBase(
         model=model,
         decoder=model.base_model,
-        head=model.get_output_embeddings(),
+        head=lay_out(output.weight.detach(), None if output.bias is None else output.bias.detach()),
         tokenizer=tokenizer,
         decode=decoder_of(tokenizer),
         groups=groups,
         dtype=dtype,
         digest=digest,
+        name=path.name,
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
         context_tokens=config.max_position_embeddings,
         eos=end_tokens(tokenizer, model.generation_config, config),
         layers=config.num_hidden_layers,
@@ -137,19 +156,28 @@ def check_supported(config: Any) -> None:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise InvalidInputError("the base is quantised; expected plain weights in safetensors")
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise InvalidInputError(f"the base has layers of the kinds {sorted(kinds)}, which the engine does not compute")
     window = getattr(config, "sliding_window", None)
-    if kinds or window is not None:
+    if window is not None and config.model_type not in WINDOWED_ARCHITECTURES:
         raise InvalidInputError(
-            f"the base uses windowed attention (sliding_window {window}, layer types {sorted(kinds)}), which the "
-            "engine does not compute; set sliding_window to null where the model's makers say that this is the same"
+            f"the base uses windowed attention (sliding_window {window}), which was not checked for "
+            f"{config.model_type!r} models; set it to null where the model's makers say that this is the same"
         )
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in CHECKED_ROPE:
-        raise InvalidInputError(
-            f"the base has rotary embeddings of type {rope!r}, checked are {', '.join(CHECKED_ROPE)}: others make a "
-            "request's tokens depend on the batch"
-        )
+    for rope in rope_types(config):
+        if rope not in CHECKED_ROPE:
+            raise InvalidInputError(
+                f"the base has rotary embeddings of type {rope!r}, checked are {', '.join(CHECKED_ROPE)}: others make "
+                "a request's tokens depend on the batch"
+            )
+
+
+def rope_types(config: Any) -> set[str]:
+    """The kinds of rotary embeddings of a base; models with two kinds of layers name one for each."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [each for each in parameters.values() if isinstance(each, dict)]
+    return {each.get("rope_type", "default") for each in nested or [parameters]}
 
 
 def end_tokens(tokenizer: Any, *configs: Any) -> frozenset[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from lorafleet.engine.detokenizer import Decode, Detokenizer, StopFinder
-from lorafleet.engine.sampling import SamplingParams
+from lorafleet.engine.sampling import SamplingParams, TokenLogprob, start_history
 from lorafleet.kernels import Mix
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
@@ -22,6 +22,8 @@ class TokenChunk:
     token_ids: list[int]
     logprobs: list[float]
     """nats, one for each token; empty unless asked for"""
+    top_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    """for each token the most likely ones in its place, the likeliest first; empty unless asked for"""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Generation:
     token_ids: list[int]
     """generated tokens, with the one that ended the generation"""
     text: str
-    """without special tokens; ends before a stop text"""
+    """without special tokens; ends before a stop text or a stop token"""
     logprobs: list[float]
     """nats, one for each generated token; empty unless asked for"""
     finish_reason: FinishReason
@@ -42,6 +44,8 @@ class Generation:
     prompt_logprobs: list[float] | None
     """nats, for the prompt's tokens 2…n; None unless asked for"""
     prompt_tokens: int
+    top_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    """for each generated token the most likely ones in its place, the likeliest first; empty unless asked for"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,14 @@ class Request:
     """State of one request; touched by the stepping thread only."""
 
     def __init__(
-        self, prompt: Sequence[int], *, mix: ResolvedMix, sampling: SamplingParams, max_new: int, decode: Decode
+        self,
+        prompt: Sequence[int],
+        *,
+        mix: ResolvedMix,
+        sampling: SamplingParams,
+        max_new: int,
+        decode: Decode,
+        salt: str = "",
     ) -> None:
         self.tokens = list(prompt)
         """prompt, then what was generated"""
@@ -67,11 +78,20 @@ class Request:
         self.max_new = max_new
         """most tokens to generate, within the context"""
         self.generator = random.Random(sampling.seed)
+        self.history = start_history(sampling, self.tokens)
+        """what penalties count; None where nothing is to be counted"""
+        self.salt = salt
+        """requests with different salts share no cached prefix"""
         self.computed = 0
         """tokens whose keys and values are in the cache"""
-        self.slot: int | None = None
+        self.pages: list[int] = []
+        """where its keys and values lie, in the order of its tokens"""
+        self.page_keys: list[bytes] = []
+        """of the pages that are full and published"""
         self.logprobs: list[float] = []
+        self.top_logprobs: list[list[TokenLogprob]] = []
         self.prompt_logprobs: list[float] = []
+        self._stop_tokens = frozenset(sampling.stop_token_ids)
         self._pieces: list[str] = []
         self._detokenizer = Detokenizer(decode)
         self._stops = StopFinder(sampling.stop)
@@ -86,24 +106,37 @@ class Request:
         return len(self.tokens) - self.prompt_tokens
 
     def accept(
-        self, token: int, *, logprob: float | None, eos: frozenset[int]
+        self,
+        token: int,
+        *,
+        logprob: float | None,
+        eos: frozenset[int],
+        top_logprobs: Sequence[TokenLogprob] = (),
     ) -> tuple[TokenChunk, FinishReason | None]:
         """Append a generated token; the chunk to hand out, and why the request ends if it does."""
         self.tokens.append(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        text = self._stops.push(self._detokenizer.push([token]))
+        if self.history is not None:
+            self.history.add(token)
+        logprobs = [] if logprob is None else [logprob]
+        top = [list(top_logprobs)] if self.sampling.top_logprobs > 0 else []
+        self.logprobs += logprobs
+        self.top_logprobs += top
+        text = ""
         reason: FinishReason | None = None
-        if self._stops.found or (token in eos and not self.sampling.ignore_eos):
+        if self._may_end and (token in self._stop_tokens or (token in eos and not self.sampling.ignore_eos)):
             reason = "stop"
-        elif self.generated >= self.max_new:
-            reason = "length"
+        else:
+            text = self._stops.push(self._detokenizer.push([token]), may_end=self._may_end)
+            if self._stops.found:
+                reason = "stop"
+            elif self.generated >= self.max_new:
+                reason = "length"
         if reason is not None:
             text += self._close()
             if self._stops.found:  # the last incomplete characters may have been the end of a stop text
                 reason = "stop"
         self._pieces.append(text)
-        return TokenChunk(text, [token], [] if logprob is None else [logprob]), reason
+        return TokenChunk(text, [token], logprobs, top), reason
 
     def generation(self, reason: FinishReason) -> Generation:
         """The result; for a cancelled request what there is so far."""
@@ -118,10 +151,16 @@ class Request:
             digests=dict(self.mix.digests),
             prompt_logprobs=self.prompt_logprobs if self.sampling.prompt_logprobs else None,
             prompt_tokens=self.prompt_tokens,
+            top_logprobs=self.top_logprobs,
         )
+
+    @property
+    def _may_end(self) -> bool:
+        """Whether the last token may end the request before its full length."""
+        return self.generated > self.sampling.min_tokens
 
     def _close(self) -> str:
         if self._stops.found:
             return ""
-        tail = self._stops.push(self._detokenizer.flush())
+        tail = self._stops.push(self._detokenizer.flush(), may_end=self._may_end)
         return tail if self._stops.found else tail + self._stops.flush()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.engine.attention import Span, StepAttention
-from lorafleet.engine.kv_cache import KvCache
+from lorafleet.engine.kv_pages import KvPages
 from lorafleet.engine.mixture_linear import MixtureContext
 from lorafleet.engine.model import LoadedBase
 from lorafleet.engine.residency import Residency
@@ -39,7 +39,7 @@ class ModelRunner:
     """Computes steps; changes the cache, never a request."""
 
     def __init__(
-        self, base: LoadedBase, *, cache: KvCache, residency: Residency, context: MixtureContext, device: torch.device
+        self, base: LoadedBase, *, cache: KvPages, residency: Residency, context: MixtureContext, device: torch.device
     ) -> None:
         self._base, self._cache, self._residency, self._context = base, cache, residency, context
         self._device = device
@@ -85,11 +85,9 @@ class ModelRunner:
         positions: list[int] = []
         spans: list[Span] = []
         for request, start, stop in runs:
-            assert request.slot is not None
             tokens.extend(request.tokens[start:stop])
             positions.extend(range(start, stop))
-            spans.append(Span(request.slot, start, stop))
-        self._cache.reserve(max(stop for _, _, stop in runs))
+            spans.append(Span(request.pages, start, stop))
         step = StepAttention(spans, cache=self._cache, device=self._device, dtype=self._base.dtype)
         self._set_gates(runs)
         try:
@@ -106,8 +104,9 @@ class ModelRunner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """``[N, hidden]`` → ``[N, vocabulary]`` float32"""
-        logits: Tensor = self._base.head(hidden)
-        return logits.float()
+        logits = self._base.head(hidden).float()
+        cap = self._base.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def _score_prompt(self, run: ScheduledRun, hidden: Tensor) -> list[float]:
         """Log-probabilities (nats) of the prompt tokens that the run's ``hidden [n, hidden]`` predict, if asked."""

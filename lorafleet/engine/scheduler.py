@@ -1,11 +1,14 @@
-"""Which tokens are computed in the next step: continuous batching with chunked prefill under a token budget."""
+"""Which tokens are computed in the next step: continuous batching with chunked prefill over paged memory."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
-from lorafleet.engine.kv_cache import KvCache
+from lorafleet.engine.kv_pages import PAGE_TOKENS, pages_for
+from lorafleet.engine.page_allocator import PageAllocator
+from lorafleet.engine.prefix import Prefixes, next_key, root_key
 from lorafleet.engine.request import Request
 
 
@@ -21,14 +24,30 @@ class Scheduler:
     """First come, first served. Not thread-safe: the engine holds its lock around every call.
 
     Decoding sequences go first, one token each, so that a long prompt never stops those that already talk; what is
-    left of the budget goes to prompts in the order of their coming. A request is admitted when a cache slot is free,
-    and keeps it until it ends.
+    left of the budget goes to prompts in the order of their coming. A request is admitted when there are pages for all
+    of its tokens. Where a sequence grows and no page is left, the one that was admitted last gives its pages up and
+    waits in front of the others; what it had generated is computed again, as a prompt.
     """
 
-    def __init__(self, cache: KvCache, *, max_batch_tokens: int) -> None:
-        self._cache, self._budget = cache, max_batch_tokens
+    def __init__(
+        self,
+        pages: PageAllocator,
+        prefixes: Prefixes,
+        *,
+        max_sequences: int,
+        max_batch_tokens: int,
+        ready: Callable[[Request], bool] = lambda request: True,
+        clear: Callable[[list[int]], None] = lambda pages: None,
+    ) -> None:
+        """``ready``: are a request's adapters loaded? Others may pass it until they are. ``clear``: zero new pages."""
+        self._pages, self._prefixes = pages, prefixes
+        self._budget, self._max_sequences = max_batch_tokens, max_sequences
+        self._ready, self._clear = ready, clear
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self.preemptions_total = 0
+        self.prefix_tokens_total = 0
+        """prompt tokens that were found in the cache"""
 
     @property
     def waiting(self) -> int:
@@ -46,40 +65,90 @@ class Scheduler:
         self._waiting.append(request)
 
     def schedule(self) -> list[ScheduledRun]:
-        """The runs of the next step, one-token runs first; empty when there is nothing to do."""
+        """The runs of the next step, one-token runs first; empty when nothing can be done."""
         budget = self._budget
-        singles: list[ScheduledRun] = []
-        chunks: list[ScheduledRun] = []
-        prefilling: list[Request] = []
-        for request in self._running:
-            if request.pending > 1:
-                prefilling.append(request)
-            elif budget > 0:
-                singles.append(ScheduledRun(request, request.computed, request.computed + 1))
-                budget -= 1
-        while budget > 0:
-            if prefilling:
-                request = prefilling.pop(0)
-            elif self._waiting and self._cache.free_slots:
-                request = self._waiting.popleft()
-                request.slot = self._cache.allocate()
-                self._running.append(request)
-            else:
-                break
-            count = min(request.pending, budget)
+        runs: list[ScheduledRun] = []
+        # Decoding ones first; both in the order of their admission.
+        for request in sorted(self._running, key=lambda r: r.pending > 1):
+            if budget and request.pages:  # it may have given them up to one before it
+                count = min(request.pending, budget)
+                if self._hold(request, request.computed + count):
+                    runs.append(ScheduledRun(request, request.computed, request.computed + count))
+                    budget -= count
+        runs = [run for run in runs if run.request.pages]
+        while budget and len(self._running) < self._max_sequences and (admitted := self._admit()) is not None:
+            count = min(admitted.pending, budget)
+            runs.append(ScheduledRun(admitted, admitted.computed, admitted.computed + count))
             budget -= count
-            (singles if count == 1 else chunks).append(
-                ScheduledRun(request, request.computed, request.computed + count)
-            )
-        return singles + chunks
+        return sorted(runs, key=lambda run: run.stop - run.start > 1)
+
+    def computed(self, request: Request) -> None:
+        """Publish the pages that the tokens computed so far have filled."""
+        for page in range(len(request.page_keys), min(request.computed // PAGE_TOKENS, len(request.pages))):
+            before = request.page_keys[-1] if request.page_keys else root_key(request.mix.gates, request.salt)
+            key = next_key(before, request.tokens[page * PAGE_TOKENS : (page + 1) * PAGE_TOKENS])
+            request.page_keys.append(key)
+            self._prefixes.publish(request.pages[page], key)
 
     def remove(self, request: Request) -> None:
-        """Forget a request that is done and free its slot; one that is not here is ignored."""
+        """Forget a request that is done and free its pages; one that is not here is ignored."""
         if request in self._running:
             self._running.remove(request)
         elif request in self._waiting:
             self._waiting.remove(request)
-        if request.slot is not None:
-            # All that a step may have written, also one that failed.
-            self._cache.release(request.slot, tokens=min(len(request.tokens), self._cache.capacity))
-            request.slot = None
+        self._give_up(request)
+
+    def _admit(self) -> Request | None:
+        """The first waiting request that can start, with all of its pages."""
+        for index, request in enumerate(self._waiting):
+            if not self._ready(request):
+                continue
+            self._find_prefix(request)
+            if pages_for(len(request.tokens)) - len(request.pages) > self._pages.available:
+                self._give_up(request)
+                return None  # others are not let past it: they might keep it from ever starting
+            del self._waiting[index]
+            self._running.append(request)
+            self.prefix_tokens_total += request.computed
+            held = self._hold(request, len(request.tokens))
+            assert held
+            return request
+        return None
+
+    def _find_prefix(self, request: Request) -> None:
+        """Take the published pages that the request begins with; at least one token is left to compute."""
+        if request.sampling.prompt_logprobs:
+            return  # every prompt token's logits are asked for
+        before = root_key(request.mix.gates, request.salt)
+        for first in range(0, request.pending - PAGE_TOKENS, PAGE_TOKENS):
+            before = next_key(before, request.tokens[first : first + PAGE_TOKENS])
+            page = self._prefixes.find(before)
+            if page is None:
+                break
+            request.pages.append(page)
+            request.page_keys.append(before)
+        request.computed = len(request.pages) * PAGE_TOKENS
+
+    def _hold(self, request: Request, tokens: int) -> bool:
+        """Make the request's pages hold so many tokens; False where it had to give them up instead."""
+        fresh: list[int] = []
+        while len(request.pages) < pages_for(tokens):
+            page = self._pages.take()
+            if page is not None:
+                request.pages.append(page)
+                fresh.append(page)
+                continue
+            last = self._running[-1]
+            self._running.remove(last)
+            self._waiting.appendleft(last)
+            self._give_up(last)
+            self.preemptions_total += 1
+            if last is request:
+                return False
+        self._clear(fresh)
+        return True
+
+    def _give_up(self, request: Request) -> None:
+        for page in request.pages:
+            self._pages.release(page)
+        request.pages, request.page_keys, request.computed = [], [], 0

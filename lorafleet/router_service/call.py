@@ -10,6 +10,7 @@ import grpc
 from lorafleet.engine import Engine, SamplingParams, Ticket
 from lorafleet.errors import UnavailableError
 from lorafleet.router_service.admission import Admission
+from lorafleet.router_service.tenancy import named_tenant
 
 
 class Call:
@@ -17,6 +18,8 @@ class Call:
 
     def __init__(self, engine: Engine, admission: Admission, context: grpc.ServicerContext) -> None:
         self._engine, self._admission = engine, admission
+        # Tenants share no cached prefix: the time of a first token would tell what others have asked.
+        self._salt = named_tenant(context.invocation_metadata())
         self._lock = threading.Lock()
         self._tickets: list[Ticket] = []
         self._ended = False
@@ -26,7 +29,7 @@ class Call:
             raise UnavailableError("the call ended before it was served")
 
     def submit(self, prompt: str | Sequence[int], *, mix: Mapping[str, float], sampling: SamplingParams) -> Ticket:
-        ticket = self._engine.submit(prompt, mix=mix, sampling=sampling)
+        ticket = self._engine.submit(prompt, mix=mix, sampling=sampling, salt=self._salt)
         with self._lock:
             self._tickets.append(ticket)
             ended = self._ended

@@ -17,17 +17,31 @@ FINISH_REASONS: Mapping[str, router_pb2.FinishReason] = {
 }
 
 
+# Fields of Sampling with presence; what the others hold when they are not set is the engine's default, too.
+_OPTIONAL = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+    "top_logprobs",
+    "seed",
+)
+
+
 def sampling_params(request: router_pb2.GenerateRequest) -> SamplingParams:
     """The engine's parameters; a field that the caller left out has the engine's default."""
     sampling = request.sampling
-    given: dict[str, Any] = {
-        name: getattr(sampling, name)
-        for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")
-        if sampling.HasField(name)
-    }
+    given: dict[str, Any] = {name: getattr(sampling, name) for name in _OPTIONAL if sampling.HasField(name)}
     return SamplingParams(
         **given,
         stop=tuple(sampling.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        logit_bias=dict(sampling.logit_bias),
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
         prompt_logprobs=request.prompt_logprobs,
@@ -35,7 +49,15 @@ def sampling_params(request: router_pb2.GenerateRequest) -> SamplingParams:
 
 
 def chunk(part: TokenChunk) -> router_pb2.GenerateResponse:
-    return router_pb2.GenerateResponse(text=part.text, token_ids=part.token_ids, logprobs=part.logprobs or ())
+    return router_pb2.GenerateResponse(
+        text=part.text,
+        token_ids=part.token_ids,
+        logprobs=part.logprobs,
+        top_logprobs=[
+            router_pb2.TopLogprobs(tokens=[router_pb2.TokenLogprob(token_id=t, logprob=value) for t, value in place])
+            for place in part.top_logprobs
+        ],
+    )
 
 
 def summary(generation: Generation, versions: Sequence[Version]) -> router_pb2.GenerateSummary:

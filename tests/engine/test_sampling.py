@@ -38,6 +38,11 @@ LOGITS = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15]).log().tolist()
         (SamplingParams(temperature=1.0, top_p=0.01), [0, 1, 0, 0, 0]),
         # After top_k the shares are 4/7 and 3/7, and 0.5 is reached by the first alone.
         (SamplingParams(temperature=1.0, top_k=2, top_p=0.5), [0, 1, 0, 0, 0]),
+        # 0.4 · 0.3 = 0.12 lies between the shares of the third and the fourth.
+        (SamplingParams(temperature=1.0, min_p=0.3), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),
+        (SamplingParams(temperature=1.0, min_p=1.0), [0, 1, 0, 0, 0]),
+        # Of tempered shares: 0.16, 0.09 and 0.0225; the limit is 0.016.
+        (SamplingParams(temperature=0.5, min_p=0.1), [0, 0.16 / 0.2725, 0, 0.09 / 0.2725, 0.0225 / 0.2725]),
         (SamplingParams(temperature=0.5), [p * p / 0.285 for p in (0.05, 0.4, 0.1, 0.3, 0.15)]),
         (SamplingParams(temperature=1e-30), [0, 1, 0, 0, 0]),
         (SamplingParams(temperature=0.0), [0, 1, 0, 0, 0]),
@@ -133,12 +138,57 @@ def test_without_a_seed_requests_differ(engine: Engine) -> None:
         {"seed": 1.0},
         {"stop": [""]},
         {"stop": [3]},
+        {"stop": 3},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": float("nan")},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": -1.0},
+        {"repetition_penalty": float("inf")},
+        {"presence_penalty": 2.1},
+        {"presence_penalty": "0"},
+        {"frequency_penalty": -2.1},
+        {"frequency_penalty": True},
+        {"logit_bias": [1.0]},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": {"1": 1.0}},
+        {"logit_bias": {1: 101.0}},
+        {"logit_bias": {1: float("nan")}},
+        {"logit_bias": {True: 1.0}},
+        {"min_tokens": -1},
+        {"min_tokens": 2.0},
+        {"min_tokens": 129},
+        {"min_tokens": 4, "max_tokens": 3},
+        {"stop_token_ids": [-1]},
+        {"stop_token_ids": ["1"]},
+        {"stop_token_ids": 1},
+        {"stop_token_ids": [True]},
+        {"top_logprobs": 21, "logprobs": True},
+        {"top_logprobs": -1, "logprobs": True},
+        {"top_logprobs": 1.0, "logprobs": True},
+        {"top_logprobs": 3},
     ],
     ids=str,
 )
 def test_parameters_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError, match=f"found {next(iter(wrong))} "):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"logit_bias": {0: 1.0, 9: 1.0}}, {"stop_token_ids": [9, 0]}], ids=str)
+def test_tokens_beyond_the_vocabulary_are_refused(wrong: dict[str, Any]) -> None:
+    params = SamplingParams(**wrong)
+    params.check_vocabulary(10)
+    with pytest.raises(InvalidInputError, match=f"found {next(iter(wrong))} for token 9, expected ids from 0 to 8"):
+        params.check_vocabulary(9)
+
+
+def test_parameters_do_not_follow_what_they_were_made_from() -> None:
+    bias, tokens = {1: 1.0}, [1]
+    params = SamplingParams(logit_bias=bias, stop_token_ids=tokens)
+    bias[2], tokens[0] = 2.0, 2
+    assert params == SamplingParams(logit_bias={1: 1.0}, stop_token_ids=(1,))
+    assert hash(params) == hash(SamplingParams(logit_bias={1: 1.0}, stop_token_ids=(1,)))
 
 
 def test_one_stop_text_may_come_without_a_list() -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&lorafleet/proto/router/v1/router.proto\x12\x13lorafleet.router.v1\"\x1c\n\x0cRouteRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"E\n\rRouteResponse\x12\x34\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\".lorafleet.router.v1.RouteDecision\"\xe2\x01\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12:\n\x03mix\x18\x03 \x03(\x0b\x32-.lorafleet.router.v1.GenerateRequest.MixEntry\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.lorafleet.router.v1.Sampling\x12\x17\n\x0fprompt_logprobs\x18\x05 \x01(\x08\x1a*\n\x08MixEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"|\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x01\x12\x35\n\x07summary\x18\x04 \x01(\x0b\x32$.lorafleet.router.v1.GenerateSummary\"\x15\n\x13ListAdaptersRequest\"F\n\x14ListAdaptersResponse\x12.\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1c.lorafleet.router.v1.Adapter\"\xe8\x01\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x10\n\x08logprobs\x18\x08 \x01(\x08\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\xf2\x01\n\x0fGenerateSummary\x12\x38\n\rfinish_reason\x18\x01 \x01(\x0e\x32!.lorafleet.router.v1.FinishReason\x12)\n\x05usage\x18\x02 \x01(\x0b\x32\x1a.lorafleet.router.v1.Usage\x12.\n\x03mix\x18\x03 \x03(\x0b\x32!.lorafleet.router.v1.MixComponent\x12\x31\n\x05route\x18\x04 \x01(\x0b\x32\".lorafleet.router.v1.RouteDecision\x12\x17\n\x0fprompt_logprobs\x18\x05 \x03(\x01\"8\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x18\n\x10generated_tokens\x18\x02 \x01(\r\"A\n\x0cMixComponent\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"\x93\x01\n\rRouteDecision\x12\x0e\n\x06router\x18\x01 \x01(\t\x12.\n\x03mix\x18\x02 \x03(\x0b\x32!.lorafleet.router.v1.MixComponent\x12\x32\n\ncandidates\x18\x03 \x03(\x0b\x32\x1e.lorafleet.router.v1.Candidate\x12\x0e\n\x06reason\x18\x04 \x01(\t\"b\n\tCandidate\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x13\n\x0bprobability\x18\x04 \x01(\x01\x12\x0e\n\x06weight\x18\x05 \x01(\x01\"n\n\x07\x41\x64\x61pter\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nfederation\x18\x05 \x01(\t\x12\r\n\x05round\x18\x06 \x01(\r*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\x9f\x02\n\rRouterService\x12N\n\x05Route\x12!.lorafleet.router.v1.RouteRequest\x1a\".lorafleet.router.v1.RouteResponse\x12Y\n\x08Generate\x12$.lorafleet.router.v1.GenerateRequest\x1a%.lorafleet.router.v1.GenerateResponse0\x01\x12\x63\n\x0cListAdapters\x12(.lorafleet.router.v1.ListAdaptersRequest\x1a).lorafleet.router.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&lorafleet/proto/router/v1/router.proto\x12\x13lorafleet.router.v1\"\x1c\n\x0cRouteRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"E\n\rRouteResponse\x12\x34\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\".lorafleet.router.v1.RouteDecision\"\xe2\x01\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12:\n\x03mix\x18\x03 \x03(\x0b\x32-.lorafleet.router.v1.GenerateRequest.MixEntry\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.lorafleet.router.v1.Sampling\x12\x17\n\x0fprompt_logprobs\x18\x05 \x01(\x08\x1a*\n\x08MixEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xb4\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x01\x12\x35\n\x07summary\x18\x04 \x01(\x0b\x32$.lorafleet.router.v1.GenerateSummary\x12\x36\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32 .lorafleet.router.v1.TopLogprobs\"@\n\x0bTopLogprobs\x12\x31\n\x06tokens\x18\x01 \x03(\x0b\x32!.lorafleet.router.v1.TokenLogprob\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\x15\n\x13ListAdaptersRequest\"F\n\x14ListAdaptersResponse\x12.\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1c.lorafleet.router.v1.Adapter\"\x88\x05\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x10\n\x08logprobs\x18\x08 \x01(\x08\x12\x12\n\x05min_p\x18\t \x01(\x01H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0c \x01(\x01H\x08\x88\x01\x01\x12@\n\nlogit_bias\x18\r \x03(\x0b\x32,.lorafleet.router.v1.Sampling.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0f \x03(\r\x12\x19\n\x0ctop_logprobs\x18\x10 \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x0f\n\r_top_logprobs\"\xf2\x01\n\x0fGenerateSummary\x12\x38\n\rfinish_reason\x18\x01 \x01(\x0e\x32!.lorafleet.router.v1.FinishReason\x12)\n\x05usage\x18\x02 \x01(\x0b\x32\x1a.lorafleet.router.v1.Usage\x12.\n\x03mix\x18\x03 \x03(\x0b\x32!.lorafleet.router.v1.MixComponent\x12\x31\n\x05route\x18\x04 \x01(\x0b\x32\".lorafleet.router.v1.RouteDecision\x12\x17\n\x0fprompt_logprobs\x18\x05 \x03(\x01\"8\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x18\n\x10generated_tokens\x18\x02 \x01(\r\"A\n\x0cMixComponent\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"\x93\x01\n\rRouteDecision\x12\x0e\n\x06router\x18\x01 \x01(\t\x12.\n\x03mix\x18\x02 \x03(\x0b\x32!.lorafleet.router.v1.MixComponent\x12\x32\n\ncandidates\x18\x03 \x03(\x0b\x32\x1e.lorafleet.router.v1.Candidate\x12\x0e\n\x06reason\x18\x04 \x01(\t\"b\n\tCandidate\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x13\n\x0bprobability\x18\x04 \x01(\x01\x12\x0e\n\x06weight\x18\x05 \x01(\x01\"n\n\x07\x41\x64\x61pter\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x12\n\nfederation\x18\x05 \x01(\t\x12\r\n\x05round\x18\x06 \x01(\r*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\x9f\x02\n\rRouterService\x12N\n\x05Route\x12!.lorafleet.router.v1.RouteRequest\x1a\".lorafleet.router.v1.RouteResponse\x12Y\n\x08Generate\x12$.lorafleet.router.v1.GenerateRequest\x1a%.lorafleet.router.v1.GenerateResponse0\x01\x12\x63\n\x0cListAdapters\x12(.lorafleet.router.v1.ListAdaptersRequest\x1a).lorafleet.router.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST_MIXENTRY']._loaded_options = None
   _globals['_GENERATEREQUEST_MIXENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1581
-  _globals['_FINISHREASON']._serialized_end=1705
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2171
+  _globals['_FINISHREASON']._serialized_end=2295
   _globals['_ROUTEREQUEST']._serialized_start=63
   _globals['_ROUTEREQUEST']._serialized_end=91
   _globals['_ROUTERESPONSE']._serialized_start=93
@@ -43,26 +45,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_end=391
   _globals['_GENERATEREQUEST_MIXENTRY']._serialized_start=349
   _globals['_GENERATEREQUEST_MIXENTRY']._serialized_end=391
-  _globals['_GENERATERESPONSE']._serialized_start=393
-  _globals['_GENERATERESPONSE']._serialized_end=517
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=519
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=540
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=542
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=612
-  _globals['_SAMPLING']._serialized_start=615
-  _globals['_SAMPLING']._serialized_end=847
-  _globals['_GENERATESUMMARY']._serialized_start=850
-  _globals['_GENERATESUMMARY']._serialized_end=1092
-  _globals['_USAGE']._serialized_start=1094
-  _globals['_USAGE']._serialized_end=1150
-  _globals['_MIXCOMPONENT']._serialized_start=1152
-  _globals['_MIXCOMPONENT']._serialized_end=1217
-  _globals['_ROUTEDECISION']._serialized_start=1220
-  _globals['_ROUTEDECISION']._serialized_end=1367
-  _globals['_CANDIDATE']._serialized_start=1369
-  _globals['_CANDIDATE']._serialized_end=1467
-  _globals['_ADAPTER']._serialized_start=1469
-  _globals['_ADAPTER']._serialized_end=1579
-  _globals['_ROUTERSERVICE']._serialized_start=1708
-  _globals['_ROUTERSERVICE']._serialized_end=1995
+  _globals['_GENERATERESPONSE']._serialized_start=394
+  _globals['_GENERATERESPONSE']._serialized_end=574
+  _globals['_TOPLOGPROBS']._serialized_start=576
+  _globals['_TOPLOGPROBS']._serialized_end=640
+  _globals['_TOKENLOGPROB']._serialized_start=642
+  _globals['_TOKENLOGPROB']._serialized_end=691
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=693
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=714
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=716
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=786
+  _globals['_SAMPLING']._serialized_start=789
+  _globals['_SAMPLING']._serialized_end=1437
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1221
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1269
+  _globals['_GENERATESUMMARY']._serialized_start=1440
+  _globals['_GENERATESUMMARY']._serialized_end=1682
+  _globals['_USAGE']._serialized_start=1684
+  _globals['_USAGE']._serialized_end=1740
+  _globals['_MIXCOMPONENT']._serialized_start=1742
+  _globals['_MIXCOMPONENT']._serialized_end=1807
+  _globals['_ROUTEDECISION']._serialized_start=1810
+  _globals['_ROUTEDECISION']._serialized_end=1957
+  _globals['_CANDIDATE']._serialized_start=1959
+  _globals['_CANDIDATE']._serialized_end=2057
+  _globals['_ADAPTER']._serialized_start=2059
+  _globals['_ADAPTER']._serialized_end=2169
+  _globals['_ROUTERSERVICE']._serialized_start=2298
+  _globals['_ROUTERSERVICE']._serialized_end=2585
 # @@protoc_insertion_point(module_scope)

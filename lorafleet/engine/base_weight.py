@@ -1,0 +1,66 @@
+"""A base weight in the order of memory in which this machine multiplies it fastest."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# The token count that packed weights are laid out for; other counts run on the same layout.
+_PACKED_FOR_TOKENS = 32
+
+
+class BaseWeight(Protocol):
+    """``x [T, d_in]`` → ``x Wᵀ + bias (+ residual)`` ``[T, d_out]``, a new tensor."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+
+class PlainWeight:
+    """As the library takes it.
+
+    In float32 on a CPU input-major: 139 against 188 µs for 32 tokens, 256 → 1408, one core with AVX-512.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        input_major = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self._weight = weight.T.contiguous().T if input_major else weight.contiguous()
+        self._bias = bias
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self._weight, self._bias)
+        return y if residual is None else y.add_(residual)
+
+
+class PackedWeight:
+    """bfloat16 on a CPU with AMX or AVX-512, in oneDNN's blocked order, with the residual added inside the product.
+
+    Against ``F.linear`` and an addition on two cores: 2048 → 768 for 32 tokens 110 and 168 µs, 5632 → 2048 for 16
+    tokens 494 and 835 µs; for 1 024 tokens they are equal.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR_TOKENS)
+        self._bias = bias
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        product = torch.ops.mkldnn._linear_pointwise
+        y: Tensor
+        if residual is None:
+            y = product(x, self._weight, self._bias, "none", [], "")
+        else:
+            y = product.binary(x, residual, self._weight, self._bias, "add")
+        return y
+
+
+def lay_out(weight: Tensor, bias: Tensor | None) -> BaseWeight:
+    """``weight [d_out, d_in]``, ``bias [d_out]``"""
+    packs = (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return PackedWeight(weight, bias) if packs else PlainWeight(weight, bias)

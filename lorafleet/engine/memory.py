@@ -1,0 +1,40 @@
+"""How much memory the engine may take for keys and values."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+# Of what is free once the base is loaded. On a CPU the rest of the machine lives there, too.
+KV_SHARE = {"cpu": 0.4, "cuda": 0.8}
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody uses at this moment."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    limit = _cgroup_free_bytes()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return available if limit is None else min(available, limit)
+
+
+def _cgroup_free_bytes() -> int | None:
+    """What a container's limit leaves (cgroup 2); None where there is no limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        most, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
+    except OSError:
+        return None
+    return None if most == "max" else max(0, int(most) - int(used))
+
+
+def kv_pages(*, page_bytes: int, most_pages: int, device: torch.device) -> int:
+    """As many pages as the device's free memory allows, at most ``most_pages``; at least one."""
+    return max(1, min(most_pages, int(free_bytes(device) * KV_SHARE[device.type]) // page_bytes))

@@ -30,7 +30,6 @@ NOT_OURS = {
     "held_out/": "a folder of an owner's data",
     "demo-out/report.json": "written by a run",
     "demo-out/report.html": "written by a run",
-    "config-3.11-x86_64-linux-gnu/python-config.py": "a file of CPython's library",
 }
 # Without spaces, with a slash or an ending that files have.
 PATH = re.compile(r"[\w.*-]*/[\w.*/-]*|[\w.*-]*\.(py|md|toml|txt|json|jsonl|html|proto|mako|sh|ya?ml|safetensors)")

@@ -199,6 +199,7 @@ class Engine:
         weight out of range; NotFoundError for an adapter that is not loaded.
         """
         sampling = sampling or SamplingParams()
+        sampling.check_vocabulary(self._base.vocabulary)
         tokens = self._encode(prompt)
         request = Request(
             tokens,
@@ -398,7 +399,9 @@ class Engine:
         request.prompt_logprobs[run.start :] = outcome.prompt_logprobs or request.prompt_logprobs[run.start :]
         reason: FinishReason | None = None
         if outcome.token is not None:
-            chunk, reason = request.accept(outcome.token, logprob=outcome.logprob, eos=self._base.eos)
+            chunk, reason = request.accept(
+                outcome.token, logprob=outcome.logprob, eos=self._base.eos, top_logprobs=outcome.top_logprobs
+            )
             self._tickets[request].put(chunk)
         elif request.pending == 0:  # the prompt is scored, and no more was asked for
             reason = "length"

@@ -14,7 +14,7 @@ from lorafleet.engine.kv_pages import KvPages
 from lorafleet.engine.mixture_linear import MixtureContext
 from lorafleet.engine.model import LoadedBase
 from lorafleet.engine.residency import Residency
-from lorafleet.engine.sampling import choose, logprobs_of
+from lorafleet.engine.sampling import TokenLogprob, choose, logprobs_of
 from lorafleet.engine.scheduler import ScheduledRun
 from lorafleet.kernels import Packing, Plan, Run
 
@@ -33,6 +33,8 @@ class Outcome(NamedTuple):
     """nats, of the prompt tokens that the run's rows predict; empty unless asked for"""
     finite: bool
     """False where the logits hold NaN or infinity, and no token means anything"""
+    top_logprobs: Sequence[TokenLogprob] = ()
+    """the most likely tokens; empty unless asked for"""
 
 
 class ModelRunner:
@@ -71,11 +73,16 @@ class ModelRunner:
             self._logits(hidden if len(rows) == hidden.shape[0] else hidden[rows]),
             [request.sampling for request in requests],
             [request.generator for request in requests],
+            histories=[request.history for request in requests],
+            eos=self._base.eos,
         )
         for place, index in enumerate(talking):
-            logprob = choice.logprobs[place] if requests[place].sampling.logprobs else None
             outcomes[index] = Outcome(
-                choice.tokens[place], logprob, prompt_logprobs[index], finite[index] and choice.finite[place]
+                choice.tokens[place],
+                choice.logprobs[place],
+                prompt_logprobs[index],
+                finite[index] and choice.finite[place],
+                choice.top_logprobs[place],
             )
         return outcomes
 

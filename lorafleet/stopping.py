@@ -1,0 +1,55 @@
+"""Being asked to stop, and what must not outlive us."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+from lorafleet.errors import InvalidInputError
+
+# A closed terminal (SIGHUP) asks as much as Ctrl-C or a supervisor does.
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+# Runs before the command in its process: Linux then tells it to end when its parent ends, however that ends. Where the
+# parent was gone before it could ask for that, it does not begin.
+_LEASH = """
+import ctypes, os, signal, sys
+parent = int(sys.argv[1])
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != parent:
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """The first request to stop raises KeyboardInterrupt in the block; later ones do not disturb the cleaning up.
+
+    Signals can be handled in a process's main thread only: raises InvalidInputError elsewhere.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise InvalidInputError("found a thread other than the main one, which alone hears Ctrl-C: call it from there")
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for later in REQUESTS:
+            signal.signal(later, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in REQUESTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leashed(command: Sequence[str]) -> list[str]:
+    """The command, so that it gets SIGTERM when this process ends, even by SIGKILL; its path must be absolute."""
+    return [sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid()), *command]

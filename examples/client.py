@@ -1,17 +1,37 @@
 """A data owner joins a federation with a folder of texts.
 
-    python examples/client.py HOST:PORT MEMBER FOLDER [CA_CERTIFICATE]
-
 FOLDER holds *.txt files; a tenth of them never trains and only evaluates. Where it has train/ and held_out/, those
 count. Without a certificate the connection is plain text: for a SuperLink on this machine.
 """
 
+import argparse
+import logging
 import sys
-from pathlib import Path
 
-from lorafleet.clients.join import join
+from lorafleet.clients import join_federation
+from lorafleet.errors import LorafleetError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("superlink", metavar="HOST:PORT", help="the federation's SuperLink")
+    parser.add_argument("member", metavar="MEMBER", help="the key that the federation knows you by")
+    parser.add_argument("folder", metavar="FOLDER", help="your texts")
+    parser.add_argument("certificate", metavar="CA_CERTIFICATE", nargs="?", help="checks the SuperLink's identity")
+    said = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    join_federation(
+        said.superlink,
+        data=said.folder,
+        member=said.member,
+        rank=8,
+        insecure=said.certificate is None,
+        root_certificates=said.certificate,
+    )
+
 
 if __name__ == "__main__":
-    superlink, member, folder, *certificate = sys.argv[1:]
-    root = Path(certificate[0]) if certificate else None
-    join(superlink, data=folder, member=member, rank=8, insecure=root is None, root_certificates=root)
+    try:
+        main()
+    except LorafleetError as error:
+        sys.exit(f"error: {error}")

@@ -11,17 +11,19 @@ from lorafleet.errors import NotFoundError
 
 
 def script(name: str) -> str:
-    """The path of a command that flwr installs beside this interpreter; raises NotFoundError where it is not."""
+    """The path of a command that is installed beside this interpreter; raises NotFoundError where it is not."""
     path = Path(sys.executable).with_name(name)
     if not path.is_file():
-        raise NotFoundError(f"{path} is missing: pip install 'lorafleet[client]', which brings flwr")
+        # A data owner runs SuperNodes; whoever submits runs, or runs a SuperLink, is on the coordinator's side.
+        extra = "client" if name == "flower-supernode" else "server"
+        raise NotFoundError(f"{path} is missing: pip install 'lorafleet[{extra}]', which brings it")
     return str(path)
 
 
-def environment(home: Path, *, search: str = "") -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
     """This process's environment for a Flower command: no telemetry, no update check, no installing at run time.
 
-    ``home`` is Flower's own folder; ``search`` is where Python finds a member's dataset beside what is installed.
+    ``home`` is Flower's own folder.
     """
     scripts = str(Path(sys.executable).parent)
     return {
@@ -34,7 +36,6 @@ def environment(home: Path, *, search: str = "") -> dict[str, str]:
         "NO_COLOR": "1",
         # Flower starts its own children by name: they must be found where this interpreter's scripts are.
         "PATH": os.pathsep.join(filter(None, [scripts, os.environ.get("PATH", "")])),
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH", ""), search])),
     }
 
 

@@ -50,8 +50,15 @@ def inner(p: LoraPair, q: LoraPair) -> Tensor:
 
 
 def norm(p: LoraPair) -> Tensor:
-    """Frobenius norm of ``B A``; a scalar. The clamp absorbs rounding below zero for a vanishing product."""
-    return inner(p, p).clamp_min(0.0).sqrt()
+    """Frobenius norm of ``B A`` in float64; a scalar.
+
+    From the core: ``B = Q_b R_b``, ``Aᵀ = Q_a R_a``, and ``‖B A‖ = ‖R_b R_aᵀ‖``. ``sqrt(<P, P>)`` would lose half of
+    the digits where nearly equal columns cancel, and all of them in float32.
+    """
+    r_b = torch.linalg.qr(p.b.double(), mode="r").R
+    r_a = torch.linalg.qr(p.a.double().T, mode="r").R
+    size: Tensor = torch.linalg.matrix_norm(r_b @ r_a.T)
+    return size
 
 
 class Spectrum(NamedTuple):

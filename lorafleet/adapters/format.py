@@ -3,6 +3,9 @@
 Reading folds the scaling (alpha/r, rsLoRA's alpha/√r, ``rank_pattern``, ``alpha_pattern``) into B. Writing gives every
 module ``alpha = r``, so that its scaling is 1 and a reader that ignores the patterns (vLLM does) is still right about
 it. What this format can say and lorafleet does not compute is refused by name, never dropped.
+
+Gate vectors for token-level routing, which the format has no place for, lie beside its files in ``gates.safetensors``:
+module path → ``[d_in]`` float32. Other readers (peft, vLLM) do not look for that file.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from lorafleet.errors import AdapterFormatError, InvalidInputError, NotFoundErro
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+GATES_NAME = "gates.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<factor>[AB])\.weight$")
 
@@ -41,9 +45,14 @@ def load_adapter(directory: Path) -> LoraAdapter:
     if not isinstance(config, dict):
         raise AdapterFormatError(f"{config_path} holds a {type(config).__name__}, expected an object; export it again")
     refuse_unsupported(config, config_path)
-    return LoraAdapter(
-        fold(read_factors(weights_path), config, config_path), base=str(config.get("base_model_name_or_path") or "")
-    )
+    modules = fold(read_factors(weights_path), config, config_path)
+    base = str(config.get("base_model_name_or_path") or "")
+    gates_path = directory / GATES_NAME
+    gates = read_gates(gates_path) if gates_path.exists() else {}
+    try:
+        return LoraAdapter(modules, base, gates=gates)
+    except InvalidInputError as error:
+        raise AdapterFormatError(f"{gates_path}: {error}") from None
 
 
 def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
@@ -90,6 +99,21 @@ def read_factors(path: Path) -> dict[str, dict[str, Tensor]]:
     return factors
 
 
+def read_gates(path: Path) -> dict[str, Tensor]:
+    """Module path → gate vector, float32, as stored."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            gates = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise AdapterFormatError(f"{path} is damaged or truncated ({error}); copy or export it again") from None
+    if not gates:
+        raise AdapterFormatError(f"{path} holds no tensors, expected at least one gate vector; delete it")
+    for module, gate in gates.items():
+        if gate.dtype != torch.float32:
+            raise AdapterFormatError(f"{path}: {module} is {gate.dtype}, expected torch.float32; export it again")
+    return gates
+
+
 def fold(factors: dict[str, dict[str, Tensor]], config: dict[str, Any], where: Path) -> dict[str, LoraPair]:
     """Multiply each B by its module's scaling; the rank is the tensor's, alpha the config's."""
     modules: dict[str, LoraPair] = {}
@@ -119,16 +143,25 @@ def match_pattern(path: str, pattern: dict[str, Any], default: Any) -> Any:
 
 
 def save_adapter(adapter: LoraAdapter, directory: Path) -> None:
-    """Write the two files; the weights land under a temporary name first, so that no reader sees half of them."""
+    """Write the files; tensors land under a temporary name first, so that no reader sees half of them."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for path, (a, b) in adapter.modules.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.detach().to("cpu", torch.float32).contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = b.detach().to("cpu", torch.float32).contiguous()
-    part = directory / f"{WEIGHTS_NAME}.part"
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.replace(directory / WEIGHTS_NAME)
+    gates = {path: gate.detach().cpu().contiguous() for path, gate in adapter.gates.items()}
+    # An earlier adapter's gates go first: between the two, a reader finds one without gates, never a strange pair.
+    (directory / GATES_NAME).unlink(missing_ok=True)
+    _write(tensors, directory / WEIGHTS_NAME)
+    if gates:
+        _write(gates, directory / GATES_NAME)
     (directory / CONFIG_NAME).write_text(json.dumps(peft_config(adapter), indent=2, sort_keys=True) + "\n")
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    part = path.with_name(f"{path.name}.part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(path)
 
 
 def peft_config(adapter: LoraAdapter) -> dict[str, Any]:

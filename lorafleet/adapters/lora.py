@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -24,11 +24,15 @@ class LoraAdapter:
     ``modules`` maps a module path of the base (``model.layers.0.self_attn.q_proj``) to a pair with its scaling folded
     into B. ``base`` names the base that the adapter belongs to (its digest, or what PEFT's
     ``base_model_name_or_path`` said), or is empty where nobody said.
+
+    ``gates`` holds the gate vectors ``[d_in]`` (kept in float32) of an adapter that can be routed per token: one for
+    each group of modules that share an input, under the path of the first module there that the adapter changes.
     """
 
     modules: Mapping[str, LoraPair]
     base: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -40,7 +44,17 @@ class LoraAdapter:
                 )
             if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
                 raise InvalidInputError(f"{path}: found NaN or infinity in its factors; the adapter is damaged")
+        for path, gate in self.gates.items():
+            if path not in self.modules:
+                raise InvalidInputError(f"found a gate vector for {path!r}, which this adapter does not change")
+            d_in = self.modules[path].a.shape[1]
+            if gate.shape != (d_in,):
+                raise InvalidInputError(f"{path}: found a gate vector {list(gate.shape)}, expected [{d_in}]")
+            if not torch.isfinite(gate).all():
+                raise InvalidInputError(f"{path}: found NaN or infinity in its gate vector; the adapter is damaged")
+        gates = {path: gate.to(torch.float32) for path, gate in sorted(self.gates.items())}
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
+        object.__setattr__(self, "gates", MappingProxyType(gates))
 
     @classmethod
     def load(cls, directory: str | Path) -> LoraAdapter:
@@ -72,23 +86,27 @@ class LoraAdapter:
 
     @cached_property
     def digest(self) -> str:
-        """``sha256:…`` over paths, shapes and float32 bytes of the folded factors; names and metadata do not count."""
+        """``sha256:…`` over paths, shapes and float32 bytes of the folded factors, and of the gate vectors if there
+        are any.
+
+        Names and metadata do not count.
+        """
         digest = hashlib.sha256()
-        for path, pair in self.modules.items():
-            for tensor in pair:
-                exact = tensor.detach().to("cpu", torch.float32).contiguous()
-                digest.update(f"{path} {list(exact.shape)}\n".encode())
-                digest.update(exact.numpy().tobytes())
+        tensors = [(path, tensor) for path, pair in self.modules.items() for tensor in pair]
+        for name, tensor in tensors + [(f"gate {path}", gate) for path, gate in self.gates.items()]:
+            exact = tensor.detach().to("cpu", torch.float32).contiguous()
+            digest.update(f"{name} {list(exact.shape)}\n".encode())
+            digest.update(exact.numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
 
     def to(self, dtype: torch.dtype) -> LoraAdapter:
         pairs = {path: LoraPair(a.to(dtype), b.to(dtype)) for path, (a, b) in self.modules.items()}
-        return LoraAdapter(pairs, self.base, self.metadata)
+        return replace(self, modules=pairs)
 
     def compressed(self, *, rank: int | None = None, energy: float = 1.0) -> tuple[LoraAdapter, dict[str, float]]:
         """Every module truncated optimally; with the relative error of each."""
         done = {path: factor_space.compress(pair, rank=rank, energy=energy) for path, pair in self.modules.items()}
-        adapter = LoraAdapter({path: c.pair for path, c in done.items()}, self.base, self.metadata)
+        adapter = replace(self, modules={path: c.pair for path, c in done.items()})
         return adapter, {path: c.error for path, c in done.items()}
 
     def targets(self, model: nn.Module) -> Iterator[tuple[LoraPair, nn.Module]]:
@@ -127,7 +145,10 @@ class LoraAdapter:
 
 
 def weighted_sum(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAdapter:
-    """``Σ w_k adapter_k`` exactly, by stacking; a module that only some adapters change is summed over those."""
+    """``Σ w_k adapter_k`` exactly, by stacking; a module that only some adapters change is summed over those.
+
+    Gate vectors say when to use one adapter rather than another, so that the sum has none.
+    """
     if len(adapters) != len(weights) or not adapters:
         raise InvalidInputError(
             f"found {len(adapters)} adapters and {len(weights)} weights, expected as many, at least one"

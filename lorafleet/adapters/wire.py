@@ -8,8 +8,10 @@ schema is versioned and has named sections, so that it can grow (gates, for exam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from io import BytesIO
 from typing import Any, Self
 
 import numpy as np
@@ -111,6 +113,28 @@ def to_arrays(adapter: LoraAdapter) -> dict[str, FloatArray]:
     return arrays
 
 
+def decode_npy(data: bytes) -> npt.NDArray[Any]:
+    """The array of an ``.npy`` document from an untrusted sender: a read-only view of ``data``.
+
+    Nothing is allocated on the word of the header, which may claim any shape: where the bytes are not exactly those
+    of the array that it names, this raises InvalidInputError. Archives and pickled objects are refused, too. A header
+    that is no literal raises whatever Python's parser does.
+    """
+    stream = BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read_header:
+        raise InvalidInputError(f"found version {version} of the npy format, expected 1.0 or 2.0")
+    shape, fortran_order, dtype = read_header[version](stream)
+    if dtype.hasobject or dtype.itemsize == 0:
+        raise InvalidInputError(f"found elements of type {dtype}, expected numbers")
+    claimed, found = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+    if min(shape, default=0) < 0 or claimed != found:
+        raise InvalidInputError(f"found {found} bytes for an array of shape {shape} and type {dtype}")
+    flat = np.frombuffer(data, dtype, offset=stream.tell())
+    return flat.reshape(shape, order="F" if fortran_order else "C")
+
+
 def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], *, base: str = "") -> LoraAdapter:
     """The inverse of :func:`to_arrays`; raises InvalidInputError on bad keys, missing halves, shapes, types, NaN."""
     halves: dict[str, dict[str, torch.Tensor]] = {}
@@ -118,8 +142,9 @@ def from_arrays(arrays: Mapping[str, npt.NDArray[Any]], *, base: str = "") -> Lo
         path, dot, factor = key.rpartition(".")
         if not dot or factor not in ("lora_A", "lora_B"):
             raise InvalidInputError(f"found array {key!r}, expected names that end in .lora_A or .lora_B")
-        if array.dtype != np.float32:
-            raise InvalidInputError(f"{key}: found {array.dtype}, expected float32")
+        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+            found = getattr(array, "dtype", type(array).__name__)
+            raise InvalidInputError(f"{key}: found {found}, expected an array of float32")
         # A copy: arrays from a transport may be read-only views of its buffers.
         halves.setdefault(path, {})[factor] = torch.from_numpy(np.array(array, dtype=np.float32))
     for path, pair in halves.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated
 import typer
 
 from lorafleet.cli.output import JsonFlag, print_json
+from lorafleet.stopping import interruptible
 
 client = typer.Typer(help="What a data owner runs.", no_args_is_help=True)
 coordinator = typer.Typer(help="What a federation's owner runs.", no_args_is_help=True)
@@ -42,14 +42,14 @@ def demo(
     """
     from rich.console import Console
 
-    from lorafleet.demo.report import print_tables
+    from lorafleet.demo.report import as_json, print_tables
     from lorafleet.demo.run import run_demo
 
     # The demo shows its own progress; the arms that it trains beside would log every update.
     logging.getLogger("lorafleet").setLevel(logging.WARNING)
     report = run_demo(out)
     if json:
-        print_json(report)
+        print_json(as_json(report))
     else:
         # Wide enough for every row where there is no terminal whose width would count.
         print_tables(report, Console(width=None if sys.stdout.isatty() else 120))
@@ -167,6 +167,5 @@ def run(
     """Run a federation's rounds on a SuperLink that is already there."""
     from lorafleet.coordinator.launch import run as run_federation
 
-    # SIGTERM unwinds like Ctrl-C, so that the run on the SuperLink is stopped, too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    run_federation(federation, resume)
+    with interruptible():  # so that the run on the SuperLink is stopped, too, whatever else comes meanwhile
+        run_federation(federation, resume)

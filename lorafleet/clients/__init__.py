@@ -1,7 +1,6 @@
 """The data owner's side: a dataset, a trainer, and the Flower client that ties them to a federation.
 
 Names are loaded when they are first used: a Flower task that only says who it is must not pay for torch.
-``lorafleet.clients.join.join`` runs a node.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafleet.clients.app import client_app
     from lorafleet.clients.data import JsonLines, Split, TextFolder, Texts, open_texts, pack, split_texts
+    from lorafleet.clients.join import join_federation
     from lorafleet.clients.member import Member, Update, carry_out
     from lorafleet.clients.trainer import TrainResult, TrainSettings, held_out_loss, load_base, train_residual
 
@@ -20,6 +20,7 @@ _HOME = {
     **dict.fromkeys(("TrainResult", "TrainSettings", "held_out_loss", "load_base", "train_residual"), "trainer"),
     **dict.fromkeys(("Member", "Update", "carry_out"), "member"),
     "client_app": "app",
+    "join_federation": "join",
 }
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "carry_out",
     "client_app",
     "held_out_loss",
+    "join_federation",
     "load_base",
     "open_texts",
     "pack",

@@ -12,6 +12,7 @@ given in code wins.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,10 +114,10 @@ def _reply(message: Message, context: Context, kind: str, here: Callable[[Sectio
 def _carry_out(asked: Sections, me: _Local) -> Sections:
     from lorafleet.clients.orders import answer, load_member
 
+    received_s = time.monotonic()
     split = split_texts(open_texts(me.data))
-    return answer(
-        load_member(me.member, rank=me.rank, split=split, base=me.base, device=me.device, dtype=me.dtype), asked
-    )
+    loaded = load_member(me.member, rank=me.rank, split=split, base=me.base, device=me.device, dtype=me.dtype)
+    return answer(loaded, asked, received_s=received_s)
 
 
 def from_records(records: RecordDict) -> Sections:

@@ -56,20 +56,26 @@ class TextFolder:
 
 
 class JsonLines:
-    """A file with one JSON object a line, whose text is under ``field``."""
+    """A file with one JSON object a line, in UTF-8, whose text is under ``field``."""
 
     def __init__(self, path: str | Path, *, field: str = "text") -> None:
         self.texts: list[str] = []
         file = Path(path)
         if not file.is_file():
             raise NotFoundError(f"{file} is missing; expected a file with one JSON object a line")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                self.texts.append(text_of(json.loads(line), field=field))
-            except (json.JSONDecodeError, InvalidInputError) as error:
-                raise InvalidInputError(f"{file}, line {number}: {error}") from None
+        # Bytes, as only a line feed ends a line: a text may hold U+2028 and what else Unicode breaks lines at.
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    self.texts.append(text_of(json.loads(line.decode("utf-8-sig")), field=field))
+                except UnicodeDecodeError as error:
+                    raise InvalidInputError(
+                        f"{file}, line {number}: found byte {error.object[error.start]:#x}, expected UTF-8: convert it"
+                    ) from None
+                except (json.JSONDecodeError, InvalidInputError) as error:
+                    raise InvalidInputError(f"{file}, line {number}: {error}") from None
         if not self.texts:
             raise InvalidInputError(f"{file} has no lines; expected one JSON object a line")
 
@@ -88,6 +94,8 @@ def open_texts(data: str | Path | Texts) -> Texts:
     if path.is_dir():
         return TextFolder(path)
     if path.is_file():
+        if path.suffix.lower() != ".jsonl":
+            raise InvalidInputError(f"found the file {data}, expected a folder or a .jsonl file: give its folder")
         return JsonLines(path)
     module, colon, name = str(data).partition(":")
     if not colon or not name.isidentifier():
@@ -110,26 +118,36 @@ class Split:
 def split_texts(data: Texts, *, share: float = HELD_OUT_SHARE, seed: int = HELD_OUT_SEED) -> Split:
     """The dataset's own held-out part, or the documents whose seeded digest falls into ``share``.
 
-    By content, so that it does not depend on order or names, and that copies of a document stay on one side. At least
-    one document is held out and one trains.
+    By content, so that it does not depend on order or names, and that copies of a document stay on one side. Blank
+    documents are dropped. Raises InvalidInputError where there is not at least one to hold out and one to train on.
     """
-    texts = _all(data)
+    texts = _written(data)
     own = getattr(data, "held_out", None)
     if own is not None:
-        return Split(texts, _all(own))
+        split = Split(texts, _written(own))
+        if not split.train or not split.held_out:
+            raise InvalidInputError(
+                f"found {len(split.train)} documents to train on and {len(split.held_out)} held out, not counting "
+                "blank ones; expected at least one of each"
+            )
+        return split
     if not 0.0 < share < 1.0:
         raise InvalidInputError(f"found a held-out share of {share}, expected a number between 0 and 1")
     draws = {text: _draw(text, seed) for text in texts}
     if len(draws) < 2:
-        raise InvalidInputError(f"found {len(draws)} different documents, expected at least 2: one is held out")
+        raise InvalidInputError(
+            f"found {len(draws)} different documents that are not blank, expected at least 2: one is held out"
+        )
     held = {text for text, draw in draws.items() if draw < share} or {min(draws, key=lambda text: draws[text])}
     if len(held) == len(draws):
         held.remove(max(draws, key=lambda text: draws[text]))
     return Split([text for text in texts if text not in held], [text for text in texts if text in held])
 
 
-def _all(data: Texts) -> list[str]:
-    return [text_of(data[index]) for index in range(len(data))]
+def _written(data: Texts) -> list[str]:
+    """The texts that are not blank."""
+    texts = (text_of(data[index]) for index in range(len(data)))
+    return [text for text in texts if text.strip()]
 
 
 def text_of(item: Any, *, field: str = "text") -> str:
@@ -164,6 +182,16 @@ def pack(texts: Iterable[str], tokenizer: Any, length: int) -> Tensor:
     if blocks < 1:
         raise InvalidInputError(f"found {len(stream)} tokens of text, expected more than {length}, the sequence length")
     return torch.tensor(stream[: blocks * length + 1], dtype=torch.long).unfold(0, length + 1, length).contiguous()
+
+
+def fills_block(texts: Iterable[str], tokenizer: Any, length: int) -> bool:
+    """Whether :func:`pack` would find a block; reads no more texts than it takes to know."""
+    tokens = 0
+    for text in texts:
+        tokens += 1 + len(_encode(tokenizer, text))
+        if tokens > length:
+            return True
+    return False
 
 
 def _encode(tokenizer: Any, text: str) -> Sequence[int]:

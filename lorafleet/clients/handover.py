@@ -1,7 +1,8 @@
 """From a Flower task to the process that joined, and back: one request and one answer over a Unix socket.
 
 Every Flower task is a new process, and a base takes seconds to minutes to load. So the base stays loaded in the process
-that joined, and a task only hands its message over. The socket lies in a folder that no other user may enter.
+that joined, and a task only hands its message over. The socket lies in a folder that no other user may enter. A thread
+takes the requests: it answers queries at once, also while the base loads or trains; orders wait for the main thread.
 
 A frame is two lengths of eight bytes, a JSON document with kind, configs and metrics, and a safetensors document with
 the arrays: no pickle. Nothing here imports torch or flwr.
@@ -12,9 +13,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import queue
 import select
 import socket
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +31,14 @@ from lorafleet.errors import InvalidInputError, LorafleetError, UnavailableError
 
 log = logging.getLogger(__name__)
 
-Answer = Callable[[str, "Sections", Callable[[], None]], "Sections"]
-"""(kind, sections, check) → sections; ``check`` raises :class:`Abandoned` where nobody waits for the answer."""
-
 QUERY, ORDER, REPLY, ERROR = "query", "order", "reply", "error"
 _LENGTHS = struct.Struct(">QQ")
 # Linux allows 107 bytes, macOS 103.
 MAX_SOCKET_PATH = 103
-# How often a server without requests looks whether it should go on.
+# How often one that waits for requests looks whether it should go on.
 POLL_S = 0.2
+# A task sends its request, and takes its answer, without a pause: one that is silent for longer hangs.
+SILENCE_TIMEOUT_S = 10.0
 
 
 class Sections(NamedTuple):
@@ -52,6 +55,30 @@ class Sections(NamedTuple):
 
 class Abandoned(Exception):
     """The task that asked has gone away."""
+
+
+class HandedOrder(NamedTuple):
+    """An order on the way; its task waits at the other end of the connection."""
+
+    sections: Sections
+    received_s: float
+    """By the clock of :func:`receiving`."""
+    connection: socket.socket
+
+    def check(self) -> None:
+        """Raises :class:`Abandoned` where nobody waits for the answer.
+
+        A task sends nothing after its request: something to read means that it has closed its end.
+        """
+        try:
+            gone = select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK)
+        except OSError:
+            gone = True
+        if gone:
+            raise Abandoned
+
+
+Orders = queue.SimpleQueue[HandedOrder]
 
 
 def encode(kind: str, sections: Sections) -> bytes:
@@ -96,27 +123,75 @@ def listening(path: Path) -> Iterator[socket.socket]:
         yield listener
 
 
-def serve(listener: socket.socket, answer: Answer, *, alive: Callable[[], bool]) -> None:
-    """Answer one request after the other for as long as ``alive`` says so; an error costs its own request alone."""
-    while alive():
-        if select.select([listener], [], [], POLL_S)[0]:
-            connection, _ = listener.accept()
-            with connection:
-                _answer_one(connection, answer)
+@contextlib.contextmanager
+def receiving(
+    listener: socket.socket, introduce: Callable[[], Sections], *, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Orders]:
+    """Take requests in a thread until the block ends: queries are answered by ``introduce()``, orders are queued."""
+    orders: Orders = queue.SimpleQueue()
+    stopped = threading.Event()
 
+    def take_requests() -> None:
+        while not stopped.is_set():
+            if select.select([listener], [], [], POLL_S)[0]:
+                _take(listener.accept()[0], introduce, orders, clock)
 
-def _answer_one(connection: socket.socket, answer: Answer) -> None:
+    # A daemon, as the end of a process need not wait for a task that hangs.
+    thread = threading.Thread(target=take_requests, name="lorafleet-handover", daemon=True)
+    thread.start()
     try:
-        kind, sections = _receive(connection)
-        frame = encode(REPLY, answer(kind, sections, lambda: _check_there(connection)))
-    except (Abandoned, EOFError):
+        yield orders
+    finally:
+        stopped.set()
+        thread.join(timeout=2 * POLL_S)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                orders.get_nowait().connection.close()
+
+
+def serve(orders: Orders, carry_out: Callable[[HandedOrder], Sections], *, alive: Callable[[], bool]) -> None:
+    """Carry out one order after the other for as long as ``alive`` says so; an error costs its own order alone."""
+    while alive():
+        with contextlib.suppress(queue.Empty):
+            order = orders.get(timeout=POLL_S)
+            with order.connection:
+                _answer(order, carry_out)
+
+
+def _take(
+    connection: socket.socket, introduce: Callable[[], Sections], orders: Orders, clock: Callable[[], float]
+) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connection)
+        connection.settimeout(SILENCE_TIMEOUT_S)
+        try:
+            kind, sections = _receive(connection)
+        except (OSError, EOFError) as error:
+            log.warning("a task did not hand its message over: %s", error)
+            return
+        except Exception:
+            log.exception("a message cannot be read")
+            return
+        request = HandedOrder(sections, clock(), connection)
+        if kind == QUERY:
+            _answer(request, lambda _: introduce())
+        else:
+            stack.pop_all()  # whoever carries it out closes the connection
+            orders.put(request)
+
+
+def _answer(request: HandedOrder, answer: Callable[[HandedOrder], Sections]) -> None:
+    try:
+        request.check()
+        frame = encode(REPLY, answer(request))
+    except Abandoned:
         log.warning("the task that brought an order has ended; its order is dropped")
         return
     except Exception as error:
         log.exception("an order could not be carried out")
         frame = encode(ERROR, Sections({ERROR: {"kind": kind_of(error)}}, {}, {}))
     try:
-        connection.sendall(frame)
+        _send(request.connection, frame)
     except OSError as error:
         log.warning("the task that brought an order did not take the answer: %s", error)
 
@@ -159,7 +234,8 @@ def _read(connection: socket.socket, size: int) -> bytes:
     return bytes(buffer)
 
 
-def _check_there(connection: socket.socket) -> None:
-    """A task sends nothing after its request: something to read means that it has closed its end."""
-    if select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK):
-        raise Abandoned
+def _send(connection: socket.socket, frame: bytes) -> None:
+    """As sendall, whose time limit would be one for the whole frame, however large it is."""
+    view = memoryview(frame)
+    while view:
+        view = view[connection.send(view) :]

@@ -5,32 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 from lorafleet.assets import base_path
-from lorafleet.clients.data import Texts, open_texts, split_texts
-from lorafleet.clients.handover import QUERY, Sections, listening, serve
+from lorafleet.clients.data import Split, Texts, open_texts, split_texts
+from lorafleet.clients.handover import HandedOrder, Sections, listening, receiving, serve
 from lorafleet.clients.introduction import check_settings, introduction
 from lorafleet.errors import InvalidInputError, NotFoundError, UnavailableError
 from lorafleet.flower_commands import environment, free_port, script
+from lorafleet.stopping import interruptible, leashed
 
 log = logging.getLogger(__name__)
 
 # A SuperNode that is told to stop finishes what it is sending; then it is killed.
 STOP_TIMEOUT_S = 5.0
+# A SuperNode connects within seconds, and a coordinator that runs asks new nodes before its next round.
+QUIET_S = 30.0
 
 
-class _Stopped(BaseException):
-    """SIGINT or SIGTERM; no Exception, so that no handler of an order's errors takes it for one."""
-
-
-def join(
+def join_federation(
     superlink: str,
     *,
     data: str | Path | Texts,
@@ -40,10 +40,10 @@ def join(
     device: str = "cpu",
     dtype: str = "bfloat16",
     insecure: bool = False,
-    root_certificates: Path | None = None,
-    private_key: Path | None = None,
+    root_certificates: str | Path | None = None,
+    private_key: str | Path | None = None,
 ) -> None:
-    """Serve a federation as ``member`` until SIGINT or SIGTERM, or until the SuperNode ends by itself.
+    """Serve a federation as ``member`` until SIGINT, SIGTERM or SIGHUP, or until the SuperNode ends by itself.
 
     ``superlink`` is HOST:PORT. ``data`` is a dataset (anything with ``__len__`` and ``__getitem__`` that gives texts),
     a folder, a ``.jsonl`` file, or ``module:name`` of a dataset that Python finds from the current folder. The base is
@@ -54,37 +54,107 @@ def join(
     if insecure and (root_certificates or private_key):
         raise InvalidInputError("found insecure together with certificates or a key: give one of the two")
     check_settings(rank=rank, dtype=dtype)
+    command = [script("flower-supernode"), "--superlink", superlink]
+    # Tasks talk to their SuperNode over loopback; the default port would allow one SuperNode a machine.
+    command += ["--host", "127.0.0.1", "--port", str(free_port())]
+    if insecure:
+        command.append("--insecure")
+    for option, file in (("--root-certificates", root_certificates), ("--auth-supernode-private-key", private_key)):
+        if file is not None:
+            if not Path(file).is_file():
+                raise NotFoundError(f"{option.strip('-')}: found no file {file}")
+            command += [option, str(file)]
+    if root_certificates is not None:
+        _check_certificates(root_certificates)
     folder = base_path(base)
+    _check_device(device)
     if isinstance(data, str) and ":" in data and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     texts = open_texts(data)
     if len(texts) == 0:
         raise NotFoundError(f"found no documents in {data}")
     split = split_texts(texts)
-    command = [script("flower-supernode"), "--superlink", superlink]
-    # Tasks talk to their SuperNode over loopback; the default port would allow one SuperNode a machine.
-    command += ["--host", "127.0.0.1", "--port", str(free_port())]
-    if insecure:
-        command.append("--insecure")
-    if root_certificates is not None:
-        command += ["--root-certificates", str(root_certificates)]
-    if private_key is not None:
-        command += ["--auth-supernode-private-key", str(private_key)]
-    # The folder is this user's alone: whoever reaches the socket can have this member train.
-    with tempfile.TemporaryDirectory(prefix="lorafleet-node-") as home, listening(Path(home) / "orders") as orders:
-        command += ["--node-config", node_config({"member": member, "rank": rank, "handover": f"{home}/orders"})]
-        with _stoppable(), _supernode(command, environment(Path(home))) as child:
-            # Loaded while the SuperNode starts and connects, which takes about as long for a small base.
-            from lorafleet.clients.orders import answer, load_member
+    try:
+        # The folder is this user's alone: whoever reaches the socket can have this member train.
+        with (
+            interruptible(),
+            tempfile.TemporaryDirectory(prefix="lorafleet-node-") as home,
+            listening(Path(home) / "orders") as listener,
+            _introducing(member, rank, split, superlink) as introduce,
+            receiving(listener, introduce) as orders,
+        ):
+            command += ["--node-config", node_config({"member": member, "rank": rank, "handover": f"{home}/orders"})]
+            with _supernode(command, environment(Path(home))) as child:
+                # Imported and loaded while the SuperNode starts and is asked who it is.
+                from lorafleet.clients.memory import give_back
+                from lorafleet.clients.orders import answer, load_member
 
-            me = load_member(member, rank=rank, split=split, base=folder, device=device, dtype=dtype)
+                me = load_member(member, rank=rank, split=split, base=folder, device=device, dtype=dtype)
+
+                def carry_out(order: HandedOrder) -> Sections:
+                    try:
+                        return answer(me, order.sections, check=order.check, received_s=order.received_s)
+                    finally:
+                        give_back(device)
+
+                serve(orders, carry_out, alive=lambda: child.poll() is None)
+                raise UnavailableError(f"the SuperNode ended with code {child.returncode}; its output above says why")
+    except KeyboardInterrupt:
+        # Where it struck below an exec of a string, as when a dataclass is made, CPython has noted it as unhandled and
+        # would end this process by SIGINT; the next such exec takes the note back (Python/pythonrun.c).
+        exec("")
+        log.info("asked to stop; the SuperNode has ended")
+
+
+join = join_federation
+"""The name that it has in its own module; the package cannot export it, as this module's name is taken there."""
+
+
+def _check_certificates(file: str | Path) -> None:
+    """Raises InvalidInputError where the file holds none: a SuperNode would say so, and then hang."""
+    try:
+        ssl.create_default_context(cafile=file)
+    except ssl.SSLError as error:
+        raise InvalidInputError(f"root-certificates: found no certificate in {file}, expected PEM ({error})") from None
+
+
+def _check_device(device: str) -> None:
+    """Raises InvalidInputError where this machine's torch has no such device."""
+    if device == "cpu":
+        return  # nothing to ask torch, which takes seconds to import
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        said = str(error).partition("\n")[0]
+        raise InvalidInputError(f"device: found {device!r}, which torch cannot use here ({said})") from None
+
+
+@contextmanager
+def _introducing(member: str, rank: int, split: Split, superlink: str) -> Iterator[Callable[[], Sections]]:
+    """Who the member is, for whoever asks; the log says when the first one does, or that nobody does."""
+
+    def warn() -> None:
+        log.warning(
+            "no coordinator has asked for %s in %.0f s: does a federation run at %s, and is that its SuperLink's "
+            "address, with the right certificates?", member, QUIET_S, superlink,
+        )  # fmt: skip
+
+    def introduce() -> Sections:
+        if not asked.is_set():
+            asked.set()
+            quiet.cancel()
             log.info("%s is ready: %d documents to train on, rank %d", member, len(split.train), rank)
+        return introduction(member, rank, split)
 
-            def carry_out(kind: str, asked: Sections, check: Callable[[], None]) -> Sections:
-                return introduction(member, rank, split) if kind == QUERY else answer(me, asked, check=check)
-
-            serve(orders, carry_out, alive=lambda: child.poll() is None)
-            raise UnavailableError(f"the SuperNode ended with code {child.returncode}; its output above says why")
+    asked, quiet = threading.Event(), threading.Timer(QUIET_S, warn)
+    quiet.daemon = True
+    quiet.start()
+    try:
+        yield introduce
+    finally:
+        quiet.cancel()
 
 
 def node_config(settings: Mapping[str, str | int]) -> str:
@@ -104,8 +174,11 @@ def node_config(settings: Mapping[str, str | int]) -> str:
 
 @contextmanager
 def _supernode(command: list[str], variables: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The child; it ends with the block, and with it all that its session holds: tasks never outlive their member."""
-    with subprocess.Popen(command, env=dict(variables), start_new_session=True) as child:
+    """The child; it ends with the block, and with it all that its session holds: tasks never outlive their member.
+
+    Where this process is killed, the leash ends the SuperNode, and Flower's own children look for their parents.
+    """
+    with subprocess.Popen(leashed(command), env=dict(variables), start_new_session=True) as child:
         try:
             yield child
         finally:
@@ -116,25 +189,3 @@ def _supernode(command: list[str], variables: Mapping[str, str]) -> Iterator[sub
                 log.warning("the SuperNode did not end within %.0f s and is killed", STOP_TIMEOUT_S)
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end the block, also in the middle of a training, and do not disturb the cleaning up."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        for later in before:
-            signal.signal(later, signal.SIG_IGN)
-        raise _Stopped
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, stop)
-    try:
-        yield
-    except _Stopped:
-        log.info("asked to stop; the SuperNode has ended")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -42,8 +42,9 @@ class TrainSettings:
     sequence_length: int = 256
     """Tokens predicted in each sequence."""
     learning_rate: float = LEARNING_RATE
-    """AdamW's peak; it rises over ``warmup`` steps and falls linearly to a tenth."""
+    """AdamW's peak; it rises over ``warmup`` steps and falls linearly to ``final_share`` of it."""
     warmup: int = WARMUP_STEPS
+    final_share: float = 0.1
     target_modules: tuple[str, ...] | None = None
     """Last names of the linears to adapt (``q_proj``); all of the base's layers where None."""
     seed: int = 0
@@ -57,6 +58,8 @@ class TrainSettings:
                 raise InvalidInputError(f"{name}: found {getattr(self, name)}, expected at least 1")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InvalidInputError(f"learning_rate: found {self.learning_rate}, expected a positive number")
+        if not 0 <= self.final_share <= 1:
+            raise InvalidInputError(f"final_share: found {self.final_share}, expected a number from 0 to 1")
         if self.warmup < 0:
             raise InvalidInputError(f"warmup: found {self.warmup} steps, expected none or more")
 
@@ -130,11 +133,11 @@ def train_residual(
 
 
 def schedule(step: int, settings: TrainSettings) -> float:
-    """The learning rate's factor at a step, from 0: linear warm-up, then a linear fall to a tenth."""
+    """The learning rate's factor at a step, from 0: linear warm-up, then a linear fall to ``final_share``."""
     if step < settings.warmup:
         return (step + 1) / (settings.warmup + 1)
     falling = max(1, settings.steps - settings.warmup - 1)
-    return 1.0 - 0.9 * (step - settings.warmup) / falling
+    return 1.0 - (1.0 - settings.final_share) * (step - settings.warmup) / falling
 
 
 def batches(blocks: int, settings: TrainSettings) -> Iterator[Tensor]:
@@ -151,14 +154,24 @@ def batches(blocks: int, settings: TrainSettings) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def held_out_loss(
-    model: nn.Module, blocks: Tensor, *, adapter: LoraAdapter | None = None, batch_size: int = 16
+    model: nn.Module,
+    blocks: Tensor,
+    *,
+    adapter: LoraAdapter | None = None,
+    batch_size: int = 16,
+    check: Callable[[], None] | None = None,
 ) -> float:
-    """Mean loss in nats per token of the model, with ``adapter`` merged into a private copy of it."""
+    """Mean loss in nats per token of the model, with ``adapter`` merged into a private copy of it.
+
+    ``check`` is called before every batch; what it raises ends the evaluation.
+    """
     if blocks.ndim != 2 or len(blocks) == 0 or blocks.shape[1] < 2:
         raise InvalidInputError(f"found blocks {list(blocks.shape)}, expected [n, length + 1] with at least one block")
     twin = private_copy(model, adapter).eval()
     device = next(twin.parameters()).device
     total = 0.0
     for batch in torch.split(blocks, batch_size):
+        if check is not None:
+            check()
         total += next_token_loss(twin, batch.to(device)).item() * len(batch)
     return total / len(blocks)

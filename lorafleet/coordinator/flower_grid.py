@@ -1,14 +1,18 @@
 """The transport over Flower: orders as Messages to SuperNodes, replies pulled as they come.
 
-Flower knows members by node ids that change at every restart. Before each round, nodes that are new are asked who their
-member is, by a query that loads no model code, and nodes that are gone are forgotten; from then on only keys count.
+Flower knows members by node ids, which change when a SuperNode restarts, unless it has a key of its own
+(``--private-key``). Before each round, nodes that are new, or whose last order failed, are asked who their member is,
+by a query that loads no model code, and nodes that are gone are forgotten; from then on only keys count.
+
+What a node sends is read one message at a time: a reply that cannot be read is that member's failure, and nobody
+else's.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -19,9 +23,10 @@ from lorafleet.adapters.wire import (
     HEADER_SECTION,
     METRICS_SECTION,
     ORDER_SECTION,
+    decode_npy,
     to_arrays,
 )
-from lorafleet.coordinator.transport import MemberInfo, Order, Reply
+from lorafleet.coordinator.transport import MemberInfo, Order, Reply, one_line
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +37,10 @@ POLL_S = 0.5
 class FlowerTransport:
     """A :class:`~lorafleet.coordinator.transport.Transport` over a Flower Grid.
 
-    The first look waits for the ``expected`` members, at most ``join_timeout_s``; fewer go on without the rest. Later
-    looks wait only for the answers of nodes that they see for the first time, at most ``refresh_timeout_s``.
+    The first look waits for the ``expected`` members, at most ``join_timeout_s``; fewer go on without the rest. Where
+    nodes are here that have not said who they are, they may be at the order of a coordinator that is gone: for them it
+    waits as long as such an order may take, ``order_timeout_s``. Later looks wait only for the answers of nodes that
+    they ask for the first time, at most ``refresh_timeout_s``.
     """
 
     def __init__(
@@ -43,12 +50,14 @@ class FlowerTransport:
         expected: Collection[str],
         join_timeout_s: float,
         refresh_timeout_s: float,
+        order_timeout_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._grid, self._clock, self._sleep = grid, clock, sleep
         self._expected, self._join_timeout_s = frozenset(expected), join_timeout_s
         self._refresh_timeout_s = refresh_timeout_s
+        self._busy_timeout_s = max(join_timeout_s, order_timeout_s)
         self._looked = False
         # Nodes that are alive, and what they said of themselves, in the order of their answers.
         self._claims: dict[int, MemberInfo] = {}
@@ -56,13 +65,18 @@ class FlowerTransport:
         self._queries: dict[str, int] = {}
         # Nodes that an earlier look has asked: nobody waits for them again.
         self._asked_before: set[int] = set()
-        self._outstanding: dict[str, str] = {}
+        # Message id → member and node, of orders without a reply.
+        self._outstanding: dict[str, tuple[str, int]] = {}
+        # Nodes whose last order failed: one with a key of its own may have come back as another member.
+        self._doubted: set[int] = set()
         self._refused: list[Reply] = []
 
     def members(self) -> Mapping[str, MemberInfo]:
         first, self._looked = not self._looked, True
-        deadline = self._clock() + (self._join_timeout_s if first else self._refresh_timeout_s)
+        began = self._clock()
+        self._forget_doubted()
         asked: set[int] = set()
+        said = False
         while True:
             alive = set(self._grid.get_node_ids())
             self._forget_gone(alive)
@@ -74,14 +88,32 @@ class FlowerTransport:
                 self._ask(node)
             self._hear()
             known = {key: self._claims[node] for key, node in self._nodes().items()}
+            waited = self._clock() - began
             if first:
                 complete = self._expected <= known.keys()
+                busy = self.busy() if waited >= self._join_timeout_s else 0
+                timeout_s = self._busy_timeout_s if busy else self._join_timeout_s
+                if busy and not complete and waited < timeout_s and not said:
+                    log.info(
+                        "%d nodes are here, but have not said who they are: they may be at an earlier order; waiting "
+                        "for them, at most %.0f s more", busy, timeout_s - waited,
+                    )  # fmt: skip
+                    said = True
             else:
                 complete = self._asked_before.issuperset(self._queries.values())
-            if complete or self._clock() >= deadline:
+                timeout_s = self._refresh_timeout_s
+            if complete or waited >= timeout_s:
                 self._asked_before |= asked
                 return known
             self._sleep(POLL_S)
+
+    def busy(self) -> int:
+        return len(set(self._queries.values()))
+
+    def _forget_doubted(self) -> None:
+        self._claims = {node: claim for node, claim in self._claims.items() if node not in self._doubted}
+        self._asked_before -= self._doubted
+        self._doubted.clear()
 
     def _forget_gone(self, alive: Set[int]) -> None:
         self._claims = {node: claim for node, claim in self._claims.items() if node in alive}
@@ -89,13 +121,15 @@ class FlowerTransport:
         self._asked_before &= alive
 
     def _ask(self, node: int) -> None:
-        sent = self._push(Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY))
+        # A query that nobody takes within the longest wait is answered by Flower with an error, and asked again.
+        query = Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY, ttl=self._busy_timeout_s)
+        sent = self._push(query)
         if sent:
             self._queries[sent] = node
 
     def _hear(self) -> None:
-        for message in self._pull(self._queries):
-            node = self._queries.pop(message.metadata.reply_to_message_id)
+        for sent, message in self._pull(list(self._queries)):
+            node = self._queries.pop(sent)
             info = self._member_info(node, message)
             if info is None:
                 continue
@@ -114,18 +148,41 @@ class FlowerTransport:
             nodes.setdefault(claim.key, node)
         return nodes
 
-    def _pull(self, pending: Mapping[str, object]) -> list[Message]:
-        return list(self._grid.pull_messages(list(pending))) if pending else []
+    def _pull(self, pending: Iterable[str]) -> Iterator[tuple[str, Message | Exception]]:
+        """The messages that have been answered, with what came, or why it cannot be read.
+
+        One id at a time, and named by the id that was asked for: what a reply says of itself is its sender's word.
+        """
+        for sent in pending:
+            try:
+                came = next(iter(self._grid.pull_messages([sent])), None)
+            except Exception as error:
+                # Where the SuperLink is what does not answer, this raises: that is no member's fault.
+                self._grid.get_node_ids()
+                yield sent, error
+            else:
+                if came is not None:
+                    yield sent, came
 
     @staticmethod
-    def _member_info(node: int, message: Message) -> MemberInfo | None:
-        if message.has_error():
-            log.warning("node %d does not say who it is: %s", node, message.error.reason)
+    def _member_info(node: int, message: Message | Exception) -> MemberInfo | None:
+        if isinstance(message, Exception):
+            log.warning("node %d: its answer to who it is cannot be read: %s", node, _said(message))
             return None
-        header = message.content.config_records.get(HEADER_SECTION, ConfigRecord())
-        key, rank, examples = (header.get(name) for name in ("member", "rank", "num_examples"))
+        try:
+            if message.has_error():
+                log.warning("node %d does not say who it is: %s", node, one_line(str(message.error.reason)))
+                return None
+            header = message.content.config_records.get(HEADER_SECTION, ConfigRecord())
+            key, rank, examples = (header.get(name) for name in ("member", "rank", "num_examples"))
+        except Exception as error:
+            log.warning("node %d: its answer to who it is cannot be read: %s", node, _said(error))
+            return None
         if not isinstance(key, str) or not isinstance(rank, int) or not isinstance(examples, int):
             log.warning("node %d answers without member, rank and num_examples", node)
+            return None
+        if key != one_line(key):
+            log.warning("node %d says that it is %s, which no member's key can be", node, one_line(key))
             return None
         return MemberInfo(key, rank, examples)
 
@@ -139,7 +196,7 @@ class FlowerTransport:
             kind = MessageType.TRAIN if order.steps else MessageType.EVALUATE
             sent = self._push(Message(content, dst_node_id=nodes[member], message_type=kind, ttl=order.deadline_s))
             if sent:
-                self._outstanding[sent] = member
+                self._outstanding[sent] = member, nodes[member]
             else:
                 self._refused.append(Reply(member, error="the SuperLink did not take its order; is it too large?"))
 
@@ -153,33 +210,39 @@ class FlowerTransport:
             return refused
         deadline = self._clock() + timeout_s
         while True:
-            messages = self._pull(self._outstanding)
-            if messages or self._clock() >= deadline:
-                return [self._reply(message) for message in messages]
+            replies = []
+            for sent, message in self._pull(list(self._outstanding)):
+                member, node = self._outstanding.pop(sent)
+                replies.append(self._reply(member, node, message))
+            if replies or self._clock() >= deadline:
+                return replies
             self._sleep(min(POLL_S, max(0.0, deadline - self._clock())))
 
-    def _reply(self, message: Message) -> Reply:
-        member = self._outstanding.pop(message.metadata.reply_to_message_id)
-        if message.has_error():
-            return Reply(member, error=f"Flower error {message.error.code}: {message.error.reason}")
-        content = message.content
-        arrays = content.array_records.get(FACTORS_SECTION, ArrayRecord())
+    def _reply(self, member: str, node: int, message: Message | Exception) -> Reply:
+        self._doubted.add(node)
         try:
-            decoded = {key: array.numpy() for key, array in arrays.items()}
-        except (
-            ValueError,
-            TypeError,
-            OSError,
-            EOFError,
-        ) as error:  # a payload that NumPy cannot read, pickles included
-            return Reply(member, error=f"its arrays cannot be read: {error}")
-        return Reply(
-            member,
-            header=dict(content.config_records.get(HEADER_SECTION, ConfigRecord())),
-            arrays=decoded,
-            metrics=dict(content.metric_records.get(METRICS_SECTION, MetricRecord())),
-        )
+            if isinstance(message, Exception):
+                raise message
+            if message.has_error():
+                reason = f"Flower error {message.error.code}: {message.error.reason}"
+                return Reply(member, error=one_line(reason))
+            content = message.content
+            arrays = content.array_records.get(FACTORS_SECTION, ArrayRecord())
+            reply = Reply(
+                member,
+                header=dict(content.config_records.get(HEADER_SECTION, ConfigRecord())),
+                arrays={key: decode_npy(array.data) for key, array in arrays.items()},
+                metrics=dict(content.metric_records.get(METRICS_SECTION, MetricRecord())),
+            )
+        except Exception as error:  # whatever bytes it sent: they cost this member its update, and nobody else
+            return Reply(member, error=one_line(f"its reply cannot be read: {_said(error)}"))
+        self._doubted.discard(node)
+        return reply
 
     def forget(self) -> None:
         self._outstanding.clear()
         self._refused.clear()
+
+
+def _said(error: Exception) -> str:
+    return one_line(": ".join(filter(None, (type(error).__name__, str(error)))))

@@ -12,18 +12,22 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from lorafleet import flower_commands
 from lorafleet.assets import describe_base, flower_app_path
 from lorafleet.coordinator.settings import CoordinatorConfig, check_terms
 from lorafleet.errors import AlreadyExistsError, InvalidInputError, NotFoundError, UnavailableError
 from lorafleet.registry import Federation, Registry
+from lorafleet.stopping import leashed
 
 log = logging.getLogger(__name__)
 
 _CONNECTION = "lorafleet"
 STOP_TIMEOUT_S = 20.0
+ASK_TIMEOUT_S = 60.0
+# How Flower's commands speak, whatever this machine's locale is; a byte that is no UTF-8 stops nobody.
+_WORDS: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
 
 
 def run(federation_toml: Path, resume: bool = False) -> None:
@@ -116,7 +120,7 @@ def submit(
         (home / "config.toml").write_text(connection, encoding="utf-8")
         # A file: what Flower takes on the command line cannot hold every path.
         run_config = home / "run.toml"
-        run_config.write_text(f"federation = {_toml(str(federation_toml.resolve()))}\n", encoding="utf-8")
+        run_config.write_text(f"federation = {toml_string(str(federation_toml.resolve()))}\n", encoding="utf-8")
         environment = flower_commands.environment(home)
         command = [*_flwr("run"), str(app), _CONNECTION, "--stream", "--run-config", str(run_config)]
         run_id, last_words = _follow(command, environment, log_to)
@@ -127,6 +131,12 @@ def submit(
                 "Start it there, or let coordinator.root_certificates or coordinator.insecure say how it was started"
             )
         status, details = _status(run_id, environment)
+        if not status.startswith("finished"):
+            raise UnavailableError(
+                f"lost the SuperLink at {superlink}, where the Flower run {run_id} is still {status}: follow it with "
+                f"'flwr log {run_id} CONNECTION', or stop it with 'flwr stop {run_id} CONNECTION', where CONNECTION is "
+                "that SuperLink's in Flower's own config file; until it ends, another run is refused"
+            )
         if status != "finished:completed":
             raise UnavailableError(f"the Flower run {run_id} ended as {status}: {details}; its log says why")
 
@@ -135,23 +145,29 @@ def connection_toml(superlink: str, *, insecure: bool, root_certificates: Path |
     """Flower's own config file with one connection: the SuperLink, and how it is trusted."""
     lines = [
         "[superlink]",
-        f"default = {_toml(_CONNECTION)}",
+        f"default = {toml_string(_CONNECTION)}",
         f"[superlink.{_CONNECTION}]",
-        f"address = {_toml(superlink)}",
+        f"address = {toml_string(superlink)}",
         f"insecure = {str(insecure).lower()}",
     ]
     if root_certificates is not None:
-        lines.append(f"root-certificates = {_toml(str(root_certificates.resolve()))}")
+        lines.append(f"root-certificates = {toml_string(str(root_certificates.resolve()))}")
     return "\n".join(lines) + "\n"
 
 
-def _toml(text: str) -> str:
-    """A TOML string. JSON escapes all that TOML does but DEL."""
+def toml_string(text: str) -> str:
+    """A TOML basic string. JSON escapes all that TOML does but DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _flwr(command: str) -> list[str]:
     return [flower_commands.script("flwr"), command]
+
+
+def _started_run(words: str) -> str:
+    """The id in Flower's word of a run's start, or nothing."""
+    match = re.search(r"started run (\d+)", words)
+    return match[1] if match else ""
 
 
 def _follow(command: list[str], environment: Mapping[str, str], log_to: IO[str]) -> tuple[str, str]:
@@ -162,41 +178,61 @@ def _follow(command: list[str], environment: Mapping[str, str], log_to: IO[str])
     run_id, tail = "", [""] * 8
     # A session of its own: Ctrl-C reaches this process alone, which then stops the run in an orderly way.
     with subprocess.Popen(
-        command,
+        leashed(command),
         env=dict(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         start_new_session=True,
+        **_WORDS,
     ) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
                 tail = [*tail[1:], line.rstrip()]
-                if match := re.search(r"started run (\d+)", line):
-                    run_id = match[1]
+                # The first word of it is Flower's own; what follows is the run's log, which quotes its members.
+                run_id = run_id or _started_run(line)
                 log_to.write(line)
                 log_to.flush()
         except BaseException:
             process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            # It may have started just before it was told to end.
+            run_id = run_id or _started_run(process.stdout.read())
             if run_id:
+                log.info("stopping the Flower run %s", run_id)
                 stop = [*_flwr("stop"), run_id, _CONNECTION]
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    subprocess.run(stop, env=dict(environment), capture_output=True, timeout=STOP_TIMEOUT_S)
+                    subprocess.run(
+                        stop,
+                        env=dict(environment),
+                        capture_output=True,
+                        timeout=STOP_TIMEOUT_S,
+                        # A second Ctrl-C is for this process, which does not heed it.
+                        start_new_session=True,
+                    )
             raise
     # Without the frames that Flower draws around its errors.
     return run_id, " ".join(re.sub("[\u2500-\u257f]+", " ", " ".join(tail)).split())
 
 
 def _status(run_id: str, environment: Mapping[str, str]) -> tuple[str, str]:
-    listed = subprocess.run(
-        [*_flwr("ls"), _CONNECTION, "--run-id", run_id, "--format", "json"],
-        env=dict(environment), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    try:
+        listed = subprocess.run(
+            [*_flwr("ls"), _CONNECTION, "--run-id", run_id, "--format", "json"],
+            env=dict(environment), capture_output=True, timeout=ASK_TIMEOUT_S, **_WORDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(
+            f"cannot ask the SuperLink how run {run_id} ended: no answer within {ASK_TIMEOUT_S:.0f} s; it may be "
+            "running still"
+        ) from None
     try:
         (entry,) = json.loads(listed.stdout)["runs"]
-    except (ValueError, KeyError, TypeError):
+        return str(entry["status"]), str(entry.get("status-details", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UnavailableError(
             f"cannot ask the SuperLink how run {run_id} ended: {listed.stdout}{listed.stderr}"
         ) from None
-    return str(entry["status"]), str(entry.get("status-details", ""))

@@ -23,7 +23,7 @@ from lorafleet.coordinator.dispatch import Dispatch
 from lorafleet.coordinator.experts import MemberUpdate, NextExpert, full_update, next_experts
 from lorafleet.coordinator.schedulers import get_scheduler
 from lorafleet.coordinator.settings import FederationSettings
-from lorafleet.coordinator.transport import MemberInfo, Order, Reply, Transport
+from lorafleet.coordinator.transport import MemberInfo, Order, Reply, Transport, one_line
 from lorafleet.coordinator.tree import Reducer
 from lorafleet.coordinator.validation import check_update
 from lorafleet.errors import RejectedUpdateError, UnavailableError
@@ -49,6 +49,8 @@ class Parts:
     clock: Callable[[], float] = time.monotonic
     groups: Callable[[int], Mapping[str, str]] | None = None
     """Round number → assignment, in the place of clustering: for runs that have to differ in something else only."""
+    check_lease: Callable[[], None] = lambda: None
+    """Raises UnavailableError where another coordinator has the federation by now; asked before whatever is written."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ def run_federation(settings: FederationSettings, federation: Federation, parts: 
         log.info("continuing after round %d", standing.round)
     members: Mapping[str, MemberInfo] = {}
     while standing.committed < settings.rounds:
+        parts.check_lease()
         # Each round anew: members restart, come late, and leave.
         members = present_members(settings, federation, parts, before=members, quorum=settings.quorum)
         standing = run_round(settings, federation, parts, standing, members)
     if settings.evaluate_last:
+        parts.check_lease()
         # What is committed is committed, however few are left to measure it.
         members = present_members(settings, federation, parts, before=members, quorum=0)
         evaluate(settings, parts, standing, members)
@@ -122,17 +126,20 @@ def present_members(
     registered = {member.key for member in parts.registry.members(federation)}
     here = dict(parts.transport.members())
     for stranger in sorted(here.keys() - registered):
-        log.warning("%s is no member of %s and gets no work", stranger, settings.name)
+        log.warning("%s is no member of %s and gets no work", one_line(stranger), settings.name)
         del here[stranger]
     if came := [f"{m.key} (rank {m.rank})" for m in here.values() if m.key not in before]:
         log.info("%d of %d members are here, new: %s", len(here), len(registered), ", ".join(came))
     if gone := sorted(before.keys() - here.keys()):
         log.warning("%d of %d members are here, gone: %s", len(here), len(registered), ", ".join(gone))
     if len(here) < quorum:
-        raise UnavailableError(
-            f"{len(here)} of {len(registered)} members are here, the quorum is {quorum}: "
-            "start more clients, then resume"
+        busy = parts.transport.busy()
+        advice = (
+            f"{busy} nodes are here, but busy: they do not say who they are; resume when they have done what they do"
+            if busy
+            else "start more clients, then resume"
         )
+        raise UnavailableError(f"{len(here)} of {len(registered)} members are here, the quorum is {quorum}: {advice}")
     return here
 
 
@@ -198,7 +205,9 @@ def run_round(
         verdict = scheduler.verdict(accepted=accepted, outstanding=dispatch.outstanding, elapsed_s=elapsed)
         if verdict != "wait":
             break
-        for order, reply in dispatch.receive(timeout_s=min(MAX_WAIT_S, settings.deadline_s - elapsed)):
+        replies = dispatch.receive(timeout_s=min(MAX_WAIT_S, settings.deadline_s - elapsed))
+        parts.check_lease()
+        for order, reply in replies:
             journal_reply(settings, parts, standing, current, order, reply)
     parts.transport.forget()
     if verdict == "abandon":
@@ -229,9 +238,10 @@ def journal_reply(
         )
         assert checked.residual is not None
     except RejectedUpdateError as error:
-        log.warning("round %d: the update of %s is rejected: %s", asked.round, asked.member, error)
+        reason = one_line(str(error))
+        log.warning("round %d: the update of %s is rejected: %s", asked.round, asked.member, reason)
         rejected = UpdateRecord(
-            member=asked.member, attempt=asked.attempt, accepted=False, reason=str(error), digest="", num_examples=0,
+            member=asked.member, attempt=asked.attempt, accepted=False, reason=reason, digest="", num_examples=0,
             rank=0, size_bytes=0, metrics={}, factors=None,
         )  # fmt: skip
         parts.registry.record_update(current, rejected)
@@ -335,7 +345,15 @@ def commit(
         )
         for expert in experts
     ]
+    parts.check_lease()
     versions = parts.registry.commit_round(current, new, report=report)
+    ours = [(expert.name, expert.weights.digest) for expert in new]
+    # A round that is committed already stays as it is, and gives what was committed then.
+    if [(version.adapter, version.digest) for version in versions] != ours:
+        raise UnavailableError(
+            f"another coordinator committed round {current.number} of {settings.tenant}/{settings.name} meanwhile: "
+            "stop one of the two, then resume"
+        )
     return {expert.label: version for expert, version in zip(experts, versions, strict=True)}
 
 
@@ -376,7 +394,7 @@ def evaluate(
                     order.order, reply.header, reply.arrays, reply.metrics, shapes=parts.shapes, policy=settings.policy
                 )
             except RejectedUpdateError as error:
-                log.warning("the evaluation of %s is rejected: %s", reply.member, error)
+                log.warning("the evaluation of %s is rejected: %s", reply.member, one_line(str(error)))
                 continue
             record_held_out(parts, standing, order.order, checked.metrics)
             losses[reply.member] = checked.metrics.get("held_out_loss", float("nan"))

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from lorafleet.adapters.base_shapes import base_shapes
 from lorafleet.assets import base_digest, base_path
 from lorafleet.coordinator.flower_grid import FlowerTransport
+from lorafleet.coordinator.lease import FederationLease
 from lorafleet.coordinator.rounds import Parts, run_federation
 from lorafleet.coordinator.settings import CoordinatorConfig, check_terms
 from lorafleet.coordinator.tree import LocalReducer, RayReducer
@@ -43,13 +44,15 @@ def main(grid: Grid, context: Context) -> None:
         # Once more: the file may have changed since it was submitted.
         check_terms(config, digest, federation, members)
         transport = FlowerTransport(
-            grid, expected=members.keys(), join_timeout_s=JOIN_TIMEOUT_S, refresh_timeout_s=REFRESH_TIMEOUT_S
+            grid,
+            expected=members.keys(),
+            join_timeout_s=JOIN_TIMEOUT_S,
+            refresh_timeout_s=REFRESH_TIMEOUT_S,
+            order_timeout_s=settings.deadline_s,
         )
-        run_federation(
-            settings,
-            federation,
-            Parts(registry, transport, reducer, digest, base_shapes(base)),
-        )
+        with FederationLease(registry, federation) as lease:
+            parts = Parts(registry, transport, reducer, digest, base_shapes(base), check_lease=lease.check)
+            run_federation(settings, federation, parts)
     finally:
         if isinstance(reducer, RayReducer):
             reducer.close()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
+from lorafleet.assets import SHIPPED_BASES
 from lorafleet.coordinator.rules import get_rule
 from lorafleet.coordinator.schedulers import get_scheduler
 from lorafleet.coordinator.validation import UpdatePolicy
 from lorafleet.errors import InvalidInputError, NotFoundError
 from lorafleet.registry import Federation
+from lorafleet.registry.database import anchored_url
 
 T = TypeVar("T")
 
@@ -31,6 +34,11 @@ class Training:
     learning_rate: float = 1e-2
     rank: int = 0
     """Rank of the residuals; 0 lets every member use its own."""
+
+    def __post_init__(self) -> None:
+        _check_least("training", self, steps=1, batch_size=1, sequence_length=2, rank=0)
+        if not 0 < self.learning_rate < math.inf:
+            raise InvalidInputError(f"training.learning_rate is {self.learning_rate}, expected a finite number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,21 +67,22 @@ class FederationSettings:
     def __post_init__(self) -> None:
         get_rule(self.rule)
         get_scheduler(self.scheduler)
-        for name, least in (("rounds", 1), ("at_once", 0), ("quorum", 1), ("expert_rank", 1), ("min_cluster_size", 2)):
-            if getattr(self, name) < least:
-                raise InvalidInputError(f"federation.{name} is {getattr(self, name)}, expected at least {least}")
-        if not self.deadline_s > 0:
-            raise InvalidInputError(f"federation.deadline_s is {self.deadline_s}, expected a number of seconds above 0")
+        _check_least("federation", self, rounds=1, at_once=0, quorum=1, expert_rank=1, min_cluster_size=2)
+        if not 0 < self.deadline_s < math.inf:
+            raise InvalidInputError(
+                f"federation.deadline_s is {self.deadline_s}, expected a finite number of seconds above 0"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FederationSettings:
-        """Raises InvalidInputError on keys that do not exist, so that a misspelt limit is never ignored."""
+        """Raises InvalidInputError on keys that do not exist, so that a misspelt limit is never ignored, and on values
+        that can never work."""
         values = dict(values)
-        training = _build(Training, values.pop("training", {}), "training")
-        policy = _build(UpdatePolicy, values.pop("policy", {}), "policy")
+        training = _build(Training, _table("training", values.pop("training", {})), "training")
+        policy = _build(UpdatePolicy, _table("policy", values.pop("policy", {})), "policy")
         return _build(cls, {**values, "training": training, "policy": policy}, "federation")
 
 
@@ -96,23 +105,39 @@ class CoordinatorConfig:
     members: Mapping[str, str] = field(default_factory=dict)
     """Member key → tenant, registered when the federation starts."""
 
+    def __post_init__(self) -> None:
+        for key, tenant in self.members.items():
+            if not isinstance(tenant, str):
+                raise InvalidInputError(f"[members]: {key} is {tenant!r}, expected the name of its tenant")
+
     @classmethod
     def load(cls, path: Path) -> CoordinatorConfig:
+        """Read a file; paths in it are relative to its folder.
+
+        Raises NotFoundError where there is none, InvalidInputError where it says what can never work.
+        """
         if not path.is_file():
             raise NotFoundError(f"no federation file at {path}; docs/federation.md shows one")
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise InvalidInputError(f"{path} is not TOML: {error}") from None
-        federation = dict(values.get("federation", {}))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidInputError(f"{path} is not TOML in UTF-8: {error}") from None
+        federation = _table("federation", values.get("federation", {}))
         for part in ("training", "policy"):
             if part in values:
                 federation[part] = values[part]
-        coordinator = dict(values.get("coordinator", {}))
+        base = federation.get("base")
+        if isinstance(base, str) and base not in SHIPPED_BASES:
+            federation["base"] = str(_path(path.parent, "base", base))
+        coordinator = _table("coordinator", values.get("coordinator", {}))
+        members = _table("members", values.get("members", {}))
         if unknown := set(values) - {"federation", "training", "policy", "coordinator", "members"}:
             raise InvalidInputError(f"{path}: unknown tables {', '.join(sorted(unknown))}")
         for key in coordinator.keys() & {"blobs", "root_certificates"}:
             coordinator[key] = _path(path.parent, key, coordinator[key])
+        if isinstance(coordinator.get("registry"), str):
+            # The ServerApp runs in a folder of its own, and has to find the database of whoever submitted it.
+            coordinator["registry"] = anchored_url(coordinator["registry"], path.parent.resolve())
         if "superlink" in coordinator:
             coordinator["insecure"] = without_tls(
                 coordinator["superlink"],
@@ -120,7 +145,7 @@ class CoordinatorConfig:
                 root_certificates=coordinator.get("root_certificates"),
             )
         built = FederationSettings.from_dict(federation)
-        return _build(cls, {**coordinator, "federation": built, "members": values.get("members", {})}, "coordinator")
+        return _build(cls, {**coordinator, "federation": built, "members": members}, "coordinator")
 
 
 def without_tls(superlink: str, *, insecure: bool | None, root_certificates: Path | None) -> bool:
@@ -207,6 +232,31 @@ def _path(folder: Path, key: str, value: object) -> Path:
     return (folder / value).resolve()
 
 
+def _table(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(f"{name} is {value!r}, expected a table [{name}]")
+    return dict(value)
+
+
+def _check_least(table: str, values: object, **least: int) -> None:
+    for name, limit in least.items():
+        if getattr(values, name) < limit:
+            raise InvalidInputError(f"{table}.{name} is {getattr(values, name)}, expected at least {limit}")
+
+
+# What a TOML file and a JSON document call the types of fields; whole numbers travel and are stored in 64 bits.
+_WORDS = {str: "a string", bool: "true or false", int: "a whole number of at most 64 bits", float: "a number"}
+
+
+def _is_a(kind: type, value: object) -> bool:
+    """Whether a value can stand for a type: a whole number for any number, true and false for nothing else."""
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, int):
+        return kind in (int, float) and -(2**63) <= value < 2**63
+    return isinstance(value, kind)
+
+
 def _build(cls: type[T], values: Mapping[str, Any], table: str) -> T:
     """An instance of a settings dataclass from a table of the file."""
     assert is_dataclass(cls)
@@ -215,6 +265,10 @@ def _build(cls: type[T], values: Mapping[str, Any], table: str) -> T:
         raise InvalidInputError(
             f"[{table}]: unknown keys {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}"
         )
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        if hints[name] in _WORDS and not _is_a(hints[name], value):
+            raise InvalidInputError(f"[{table}]: {name} is {value!r}, expected {_WORDS[hints[name]]}")
     try:
         return cls(**values)
     except TypeError as error:

@@ -11,6 +11,15 @@ import numpy.typing as npt
 from lorafleet.adapters import LoraAdapter
 from lorafleet.adapters.wire import TrainOrder
 
+# More of a member's words than this helps nobody who reads a log.
+MAX_WORDS = 500
+
+
+def one_line(words: str) -> str:
+    """Words that a member chose, as one printable line of bounded length: a log or a journal holds no more of them."""
+    cut = words if len(words) <= MAX_WORDS else f"{words[:MAX_WORDS]}…"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in cut)
+
 
 class MemberInfo(NamedTuple):
     """What a member says of itself when it is asked who it is."""
@@ -43,6 +52,10 @@ class Transport(Protocol):
 
     def members(self) -> Mapping[str, MemberInfo]:
         """The members that are here now, by key; asked before every round, so it is quick where nothing changed."""
+        ...
+
+    def busy(self) -> int:
+        """How many are here that have not said who they are; they may be at an order of an earlier coordinator."""
         ...
 
     def send(self, orders: Mapping[str, Order]) -> None:

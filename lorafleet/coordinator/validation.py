@@ -19,7 +19,12 @@ from lorafleet.adapters import LoraAdapter
 from lorafleet.adapters.base_shapes import ModuleShapes, check_fits
 from lorafleet.adapters.factor_space import norm
 from lorafleet.adapters.wire import TrainOrder, UpdateHeader, from_arrays
+from lorafleet.coordinator.transport import one_line
 from lorafleet.errors import BaseMismatchError, InvalidInputError, RejectedUpdateError
+
+# Factors whose product is small because they cancel are how a large update hides from whoever computes in float32: of
+# a trained update ``‖A‖ ‖B‖`` is a small multiple of ``‖B A‖``, at most the root of the rank where no direction counts.
+MAX_CANCELLATION = 100.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,14 @@ class UpdatePolicy:
     max_rank: int = 256
     max_examples: int = 100_000
     max_norm: float = 1e4
-    """Largest Frobenius norm of the whole update's product."""
+    """Largest Frobenius norm of the whole update's product; a module's ``‖A‖ ‖B‖`` may be 100 times as large."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_rank", "max_examples"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"policy.{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 < self.max_norm < math.inf:
+            raise InvalidInputError(f"policy.max_norm is {self.max_norm}, expected a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,8 @@ def check_update(
             raise RejectedUpdateError("order", f"{name} is {found!r}, the order said {expected!r}")
     numbers: dict[str, float] = {}
     for name, value in metrics.items():
+        if name != one_line(name):
+            raise RejectedUpdateError("metrics", f"found the name {name!r}, expected a short printable one")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise RejectedUpdateError("metrics", f"{name} is {value!r}, expected a finite number")
         numbers[name] = float(value)
@@ -91,6 +105,11 @@ def check_factors(
         )
     if not 1 <= head.num_examples <= policy.max_examples:
         raise RejectedUpdateError("count", f"num_examples is {head.num_examples}, expected 1 to {policy.max_examples}")
-    size = math.sqrt(sum(float(norm(pair).double()) ** 2 for pair in residual.modules.values()))
-    if not math.isfinite(size) or size > policy.max_norm:
+    size = math.hypot(*(float(norm(pair)) for pair in residual.modules.values()))
+    if not size <= policy.max_norm:
         raise RejectedUpdateError("norm", f"the update's norm is {size:.3g}, at most {policy.max_norm:.3g} is allowed")
+    factors = max(float(a.double().norm() * b.double().norm()) for a, b in residual.modules.values())
+    if not factors <= MAX_CANCELLATION * policy.max_norm:
+        raise RejectedUpdateError(
+            "norm", f"a module's ‖A‖ ‖B‖ is {factors:.3g}, at most {MAX_CANCELLATION * policy.max_norm:.3g} is allowed"
+        )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -168,6 +169,14 @@ def gather(futures: Sequence[Future[T]], check: Callable[[], None]) -> list[T]:
     return [future.result() for future in futures]
 
 
+def _end_with_parent() -> None:
+    """A worker that waits for its next task would never hear that the demo was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _start_worker() -> None:
     """In a worker: one core, and only what the federation and the service leave of it."""
     import signal
@@ -175,6 +184,7 @@ def _start_worker() -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the demo ends its workers itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(5)
     torch.set_num_threads(1)
 
@@ -198,6 +208,7 @@ def _train_alone(settings: DemoSettings, folders: Sequence[Path], rank: int, ste
     import torch
 
     from lorafleet.clients.data import open_texts, pack, split_texts
+    from lorafleet.clients.memory import give_back
     from lorafleet.clients.trainer import TrainSettings, train_residual
 
     model, tokenizer, _ = _base(settings.base)
@@ -212,16 +223,21 @@ def _train_alone(settings: DemoSettings, folders: Sequence[Path], rank: int, ste
         seed=settings.seed,
         init_seed=settings.seed,
     )
-    return wire.to_arrays(train_residual(model, torch.cat(blocks), chosen).residual)
+    arrays = wire.to_arrays(train_residual(model, torch.cat(blocks), chosen).residual)
+    give_back("cpu")
+    return arrays
 
 
 def _carry_out(base: str, folder: Path, member: str, rank: int, order: TrainOrder, expert: Arrays | None) -> Reply:
     """What the member's ClientApp does with the order, in this worker."""
     from lorafleet.clients.data import open_texts, split_texts
     from lorafleet.clients.member import Member, carry_out
+    from lorafleet.clients.memory import give_back
 
     model, tokenizer, digest = _base(base)
     me = Member(member, rank, split_texts(open_texts(folder)), model, tokenizer, digest)
     update = carry_out(me, order, None if expert is None else wire.from_arrays(expert, base=digest))
     assert update.residual is not None
-    return Reply(member, update.header.to_config(), wire.to_arrays(update.residual), update.metrics)
+    reply = Reply(member, update.header.to_config(), wire.to_arrays(update.residual), update.metrics)
+    give_back("cpu")
+    return reply

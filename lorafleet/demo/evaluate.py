@@ -55,7 +55,7 @@ def windows(folder: Path, tokenizer: Tokenizer, limit: int) -> list[Window]:
     """At most ``limit`` windows of a folder's ``*.txt`` files, spread evenly over them; cut at line ends."""
     found = []
     for path in sorted(folder.glob("*.txt")):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         for start in range(0, len(text) - WINDOW_CHARACTERS, WINDOW_CHARACTERS):
             piece = text[start : start + WINDOW_CHARACTERS]
             offsets = tokenizer.encode(piece).offsets

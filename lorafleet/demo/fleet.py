@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from lorafleet.coordinator.launch import toml_string
 from lorafleet.demo.corpora import Corpora
 from lorafleet.demo.processes import Processes, wait_for_line, wait_for_port
 from lorafleet.demo.settings import TENANT, DemoSettings
@@ -62,15 +63,15 @@ def federation_toml(
     """The file that ``lorafleet coordinator run`` takes; a real federation's looks the same."""
     agreed = settings.federation()
     training = agreed.training
-    members = "\n".join(f'{owner.name} = "{owner.name}"' for owner in corpora.owners)
+    members = "\n".join(f"{toml_string(owner.name)} = {toml_string(owner.name)}" for owner in corpora.owners)
     return f"""# Written by the demo. `lorafleet coordinator run THIS_FILE` runs the federation on a SuperLink.
 [federation]
-tenant = "{TENANT}"
-name = "{agreed.name}"
-base = "{agreed.base}"
+tenant = {toml_string(TENANT)}
+name = {toml_string(agreed.name)}
+base = {toml_string(agreed.base)}
 rounds = {agreed.rounds}
-rule = "{agreed.rule}"
-scheduler = "{agreed.scheduler}"
+rule = {toml_string(agreed.rule)}
+scheduler = {toml_string(agreed.scheduler)}
 quorum = {agreed.quorum}
 deadline_s = {agreed.deadline_s}
 at_once = {agreed.at_once}
@@ -85,10 +86,10 @@ sequence_length = {training.sequence_length}
 learning_rate = {training.learning_rate}
 
 [coordinator]
-registry = "{registry}"
-blobs = "{blobs}"
-ray_address = "{ray}"
-superlink = "{superlink}"
+registry = {toml_string(registry)}
+blobs = {toml_string(str(blobs))}
+ray_address = {toml_string(ray)}
+superlink = {toml_string(superlink)}
 
 # Member key = tenant
 [members]

@@ -26,6 +26,9 @@ class InProcessMembers:
     def members(self) -> Mapping[str, MemberInfo]:
         return self._members
 
+    def busy(self) -> int:
+        return 0
+
     def send(self, orders: Mapping[str, Order]) -> None:
         open_orders = {}
         for member, order in orders.items():

@@ -17,6 +17,7 @@ from typing import Self
 import psutil
 
 from lorafleet.errors import UnavailableError
+from lorafleet.stopping import leashed
 
 # SuperNodes finish what they are sending and tell the SuperLink that they go; ten seconds is many times what they need.
 STOP_TIMEOUT_S = 10.0
@@ -44,7 +45,7 @@ def wait_for_line(
     while True:
         # Looked at before the log is read: what the child wrote before it ended is in there.
         ended, late = process.poll() is not None, time.monotonic() >= deadline
-        for line in log.read_text(errors="replace").splitlines(keepends=True):
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
             if line.endswith("\n") and (found := re.fullmatch(pattern, line.strip())):
                 return found
         if ended or late:
@@ -54,12 +55,15 @@ def wait_for_line(
 
 
 def tail(log: Path, lines: int = 12) -> str:
-    text = log.read_text(errors="replace") if log.exists() else ""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     return "\n".join(text.splitlines()[-lines:])
 
 
 class Processes:
-    """Starts children and, on leaving, ends every one of them and whatever they started."""
+    """Starts children and, on leaving, ends every one of them and whatever they started.
+
+    Where this process is killed and leaves nothing, they are told to end by the system (on Linux).
+    """
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
@@ -86,13 +90,13 @@ class Processes:
         environment: Mapping[str, str],
         may_end: bool = False,
     ) -> subprocess.Popen[bytes]:
-        """Start a child; its output goes to ``NAME.log``.
+        """Start a child by its absolute path; its output goes to ``NAME.log``. To be called in the main thread.
 
         ``may_end``: the child has an end of its own, and has done its work where that is with code 0.
         """
         with self.log(name).open("wb") as log:
             process = subprocess.Popen(
-                list(command),
+                leashed(command),
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -48,6 +48,16 @@ class Progress:
             self._on_tick()
 
     @contextlib.contextmanager
+    def saying_when_stopped(self, words: str) -> Iterator[None]:
+        """A line, on a terminal, where the block is interrupted: before whatever encloses it cleans up."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self._console.is_terminal:
+                self._console.print(words)
+            raise
+
+    @contextlib.contextmanager
     def step(self, name: str, *, total: int = 1) -> Iterator[Callable[[int], None]]:
         """A step of the demo; yields a function that sets how much of ``total`` is done."""
         began = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -70,8 +71,18 @@ def check_targets(report: Mapping[str, Any]) -> list[Target]:
 
 def write(report: Mapping[str, Any], out: Path) -> None:
     """``report.json`` and ``report.html`` into ``out``."""
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "report.html").write_text(page(report))
+    document = json.dumps(as_json(report), indent=1, allow_nan=False)
+    (out / "report.json").write_text(document + "\n", encoding="utf-8")
+    (out / "report.html").write_text(page(report), encoding="utf-8")
+
+
+def as_json(value: Any) -> Any:
+    """The same figures as JSON can hold them: null for what is no finite number."""
+    if isinstance(value, Mapping):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def with_targets(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,14 +12,12 @@ import os
 import platform
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -42,6 +40,7 @@ from lorafleet.demo.settings import TENANT, DemoSettings
 from lorafleet.demo.traffic import BackgroundTraffic, Burst, Tally, burst
 from lorafleet.errors import AlreadyExistsError, UnavailableError
 from lorafleet.registry import Federation, Registry, Round, Version
+from lorafleet.stopping import interruptible
 
 MARKER = ".lorafleet-demo"
 POLL_S = 0.5
@@ -102,27 +101,11 @@ def prepare(out: Path) -> None:
     (out / MARKER).touch()
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and Ctrl-C both unwind the stack once; what comes after that does not disturb the cleaning up."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for later in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(later, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def loop(out: Path, settings: DemoSettings, corpora: Corpora, progress: Progress) -> dict[str, Any]:
     """Everything between the data and the report; returns the report's figures."""
     cores = usable_cores()
-    with contextlib.ExitStack() as stack:
+    # The innermost block: the word comes before the parts are ended, which takes seconds.
+    with contextlib.ExitStack() as stack, progress.saying_when_stopped("stopping: ending every part of the demo …"):
         with progress.step("Ray, SuperLink, SuperNodes and the service"):
             ray = fleet.Ray(cpus=cores)
             stack.callback(ray.stop)
@@ -180,7 +163,8 @@ def open_workplace(
     """The registry with its tenants, federation and members, and the federation's file."""
     url, blobs = f"sqlite:///{(out / 'registry.db').resolve()}", (out / "blobs").resolve()
     toml = out / "federation.toml"
-    toml.write_text(fleet.federation_toml(settings, corpora, registry=url, blobs=blobs, ray=ray, superlink=superlink))
+    text = fleet.federation_toml(settings, corpora, registry=url, blobs=blobs, ray=ray, superlink=superlink)
+    toml.write_text(text, encoding="utf-8")
     registry = Registry.open(url, blobs)
     federation = register(CoordinatorConfig.load(toml), registry)
     tokenizer = Tokenizer.from_file(str(base_path(settings.base) / "tokenizer.json"))
@@ -245,7 +229,7 @@ def owners_prompts(corpora: Corpora, seed: int) -> dict[str, list[str]]:
     """Tenant → the beginnings of some of its own held-out texts."""
     prompts = {}
     for owner in corpora.owners:
-        texts = [path.read_text() for path in sorted((owner.folder / "held_out").glob("*.txt"))]
+        texts = [path.read_text(encoding="utf-8") for path in sorted((owner.folder / "held_out").glob("*.txt"))]
         rng = random.Random(f"{seed}/prompts/{owner.name}")
         prompts[owner.name] = [text[:PROMPT_CHARACTERS] for text in rng.sample(texts, k=min(8, len(texts)))]
     return prompts

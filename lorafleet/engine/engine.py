@@ -19,7 +19,7 @@ from lorafleet.engine.mixture_linear import MixtureContext
 from lorafleet.engine.model import LoadedBase, as_device, as_dtype, load_base
 from lorafleet.engine.page_allocator import PageAllocator
 from lorafleet.engine.prefix import CopiedPrefixes, Prefixes, SharedPrefixes
-from lorafleet.engine.request import FinishReason, Generation, Request
+from lorafleet.engine.request import FinishReason, Generation, Request, TokenMix
 from lorafleet.engine.residency import Residency
 from lorafleet.engine.runner import ModelRunner, Outcome
 from lorafleet.engine.sampling import SamplingParams
@@ -82,7 +82,7 @@ class Engine:
             device=device,
             dtype=base.dtype,
         )
-        self._residency = Residency(base, Bank(base.groups, device=device))
+        self._residency = Residency(base, Bank(base.groups, device=device, dtype=base.dtype))
         self._runner = ModelRunner(base, cache=cache, residency=self._residency, context=context, device=device)
         self._pages = PageAllocator(pages)
         prefixes: Prefixes = SharedPrefixes(self._pages)
@@ -148,7 +148,7 @@ class Engine:
             max_sequences=max_sequences,
             max_batch_tokens=max_batch_tokens,
             pages=pages,
-            kept_pages=pages // 2 if on.type == "cpu" else 0,
+            kept_pages=pages // 4 if on.type == "cpu" else 0,
         )
 
     @property
@@ -186,7 +186,7 @@ class Engine:
         self,
         prompt: str | Sequence[int],
         *,
-        mix: Mapping[str, float] | None = None,
+        mix: Mapping[str, float] | TokenMix | None = None,
         sampling: SamplingParams | None = None,
         salt: str = "",
     ) -> Ticket:
@@ -223,7 +223,7 @@ class Engine:
         self,
         prompts: Sequence[str | Sequence[int]],
         *,
-        mixes: Sequence[Mapping[str, float] | None] | None = None,
+        mixes: Sequence[Mapping[str, float] | TokenMix | None] | None = None,
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Generation]:
         """Run requests together and wait for all; results in the order of the prompts.
@@ -233,7 +233,7 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise InvalidInputError("found one text as prompts, expected a list of prompts")
-        each_mix = [None] * len(prompts) if mixes is None else list(mixes)
+        each_mix: list[Mapping[str, float] | TokenMix | None] = [None] * len(prompts) if mixes is None else list(mixes)
         each_sampling = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
         for name, values in (("mixes", each_mix), ("sampling", each_sampling)):
             if len(values) != len(prompts):

@@ -13,14 +13,20 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lorafleet.engine.page_allocator import PageAllocator
-from lorafleet.kernels import Mix
+from lorafleet.kernels import Mix, TokenRoute
 
 
-def root_key(mix: Mix, salt: str) -> bytes:
-    """The key before the first page. ``mix``: adapter digest → weight, sorted."""
+def root_key(gates: Mix | TokenRoute, salt: str) -> bytes:
+    """The key before the first page.
+
+    ``gates``: adapter digest → weight, sorted; or a route, whose gate vectors are part of the adapters' digests.
+    """
     key = hashlib.sha256(f"{len(salt)}:{salt}".encode())
-    for digest, weight in mix:
-        key.update(f"{digest}={weight.hex()};".encode())
+    if isinstance(gates, TokenRoute):
+        key.update(f"route top {gates.top_k} at {gates.temperature.hex()};{';'.join(gates.keys)}".encode())
+    else:
+        for digest, weight in gates:
+            key.update(f"{digest}={weight.hex()};".encode())
     return key.digest()
 
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from lorafleet.engine.detokenizer import Decode, Detokenizer, StopFinder
 from lorafleet.engine.sampling import SamplingParams, TokenLogprob, start_history
-from lorafleet.kernels import Mix
+from lorafleet.kernels import Mix, TokenRoute
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
@@ -38,9 +38,9 @@ class Generation:
     """nats, one for each generated token; empty unless asked for"""
     finish_reason: FinishReason
     mix: dict[str, float]
-    """adapter name → weight, as asked for, without zeros"""
+    """adapter name → weight, as asked for, without zeros; empty where tokens were routed"""
     digests: dict[str, str]
-    """adapter name → digest of the weights that answered"""
+    """adapter name → digest of the weights that answered, or that tokens were routed among"""
     prompt_logprobs: list[float] | None
     """nats, for the prompt's tokens 2…n; None unless asked for"""
     prompt_tokens: int
@@ -49,13 +49,31 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class TokenMix:
+    """Instead of a mix: every token is routed among these adapters, in each group of modules, by their own gates.
+
+    The ``top_k`` adapters whose gate vectors fit a token's input best share it, by a softmax at ``temperature``.
+    """
+
+    adapters: tuple[str, ...]
+    top_k: int = 2
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
 class ResolvedMix:
     """A mix by name together with the versions that the names meant when the request came."""
 
     weights: dict[str, float] = field(default_factory=dict)
+    """empty where tokens are routed"""
     digests: dict[str, str] = field(default_factory=dict)
-    gates: Mix = ()
+    gates: Mix | TokenRoute = ()
     """by digest, sorted, without zeros: what the request computes"""
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Digests of the weights that the request may need."""
+        return self.gates.keys if isinstance(self.gates, TokenRoute) else tuple(digest for digest, _ in self.gates)
 
 
 class Request:

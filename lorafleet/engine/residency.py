@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 
 from lorafleet.adapters import LoraAdapter
 from lorafleet.engine.model import LoadedBase
-from lorafleet.engine.request import ResolvedMix
+from lorafleet.engine.request import ResolvedMix, TokenMix
 from lorafleet.errors import BaseMismatchError, InvalidInputError, NotFoundError
-from lorafleet.kernels import Bank, Packing
+from lorafleet.kernels import Bank, Packing, TokenRoute
 
 MAX_WEIGHT = 8.0
 
@@ -41,7 +41,11 @@ class Residency:
         self._check(adapter)
         digest = adapter.digest
         # The slow part, without the lock: steps go on meanwhile.
-        pages = self._bank.pages({path: (pair.a, pair.b) for path, pair in adapter.modules.items()})
+        factors = {path: (pair.a, pair.b) for path, pair in adapter.modules.items()}
+        try:
+            pages = self._bank.pages(factors, adapter.gates)
+        except ValueError as error:
+            raise InvalidInputError(f"the adapter does not fit this base: {error}") from None
         with self._lock:
             self._bank.add(digest, pages)
             self._holders[digest] += 1
@@ -75,14 +79,35 @@ class Residency:
         with self._lock:
             return dict(self._digests)
 
-    def acquire(self, mix: Mapping[str, float] | None) -> ResolvedMix:
+    def acquire(self, mix: Mapping[str, float] | TokenMix | None) -> ResolvedMix:
         """Check a mix and hold the versions that its names mean now, until ``release`` of the result.
 
-        Raises NotFoundError for an unknown name, InvalidInputError for a weight that is no finite number of size at
-        most 8.
+        Raises NotFoundError for an unknown name; InvalidInputError for a weight that is no finite number of size at
+        most 8, and for a route that cannot be, or whose adapters have no gates.
         """
+        return self._acquire_route(mix) if isinstance(mix, TokenMix) else self._acquire_weights(mix or {})
+
+    def _acquire_route(self, mix: TokenMix) -> ResolvedMix:
+        with self._lock:
+            for name in mix.adapters:
+                if name not in self._digests:
+                    raise self._unknown(name)
+            digests = {name: self._digests[name] for name in mix.adapters}
+            try:
+                route = TokenRoute(tuple(digests.values()), mix.top_k, mix.temperature)
+            except ValueError as error:
+                raise InvalidInputError(f"the route cannot be: {error}") from None
+            names = {digest: name for name, digest in digests.items()}
+            if without := sorted(names[digest] for digest in route.keys if not self._bank.has_gates(digest)):
+                raise InvalidInputError(
+                    f"{', '.join(without)}: found no gates, which tokens are routed by; leave them out, or give weights"
+                )
+            self._holders.update(route.keys)
+        return ResolvedMix({}, digests, route)
+
+    def _acquire_weights(self, mix: Mapping[str, float]) -> ResolvedMix:
         weights: dict[str, float] = {}
-        for name, weight in (mix or {}).items():
+        for name, weight in mix.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise InvalidInputError(f"the weight of {name!r} is {weight!r}, expected a number")
             if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
@@ -106,7 +131,7 @@ class Residency:
     def release(self, mix: ResolvedMix) -> None:
         """Let go of what :meth:`acquire` held; once for each."""
         with self._lock:
-            self._release(digest for digest, _ in mix.gates)
+            self._release(mix.held)
 
     def pack(self, digests: Iterable[str]) -> Packing:
         """The rows of at least these adapters, contiguous; each must be held."""

@@ -128,7 +128,7 @@ class ModelRunner:
 
     def _set_gates(self, runs: Sequence[ScheduledRun]) -> None:
         """Decoding batches repeat their mixes step after step, so the last plan is kept while it fits."""
-        needed = {digest for run in runs for digest, _ in run.request.mix.gates}
+        needed = {digest for run in runs for digest in run.request.mix.held}
         if not needed:
             return
         packing = self._residency.pack(needed)

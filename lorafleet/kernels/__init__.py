@@ -1,13 +1,16 @@
 """Multi-LoRA kernels: ``y[t] += Σ_k g[t,k] B_k (A_k x[t])`` for any ranks and any mixture, in one call a group."""
 
-from lorafleet.kernels.bank import Bank, GroupSpec, ModuleSpec, PackedGroup, PackedModule, Packing, RowLayout
-from lorafleet.kernels.dispatch import DEFAULT_PATH, PATHS, MixturePath, mixture_path
-from lorafleet.kernels.plan import Mix, Plan, Run
+from lorafleet.kernels.bank import Bank, GroupSpec, ModuleSpec, Page
+from lorafleet.kernels.cost_model import CostModel
+from lorafleet.kernels.dispatch import DEFAULT_PATH, PATHS, MixturePath, mixture_path, paths_on
+from lorafleet.kernels.packing import PackedGroup, PackedModule, Packing, RowLayout
+from lorafleet.kernels.plan import Mix, Plan, Run, TokenRoute
 
 __all__ = [
     "DEFAULT_PATH",
     "PATHS",
     "Bank",
+    "CostModel",
     "GroupSpec",
     "Mix",
     "MixturePath",
@@ -15,8 +18,11 @@ __all__ = [
     "PackedGroup",
     "PackedModule",
     "Packing",
+    "Page",
     "Plan",
     "RowLayout",
     "Run",
+    "TokenRoute",
     "mixture_path",
+    "paths_on",
 ]

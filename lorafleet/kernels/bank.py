@@ -1,21 +1,23 @@
-"""Where adapter rows live, and how the rows of the active adapters are packed for a kernel.
+"""Where adapter rows live.
 
 Modules that read the same input form a group (``qkv``, ``gate_up``; a lone module is a group of one): one shrink for
 the group, one expand for each module. An adapter's rank in a module is the number of rows it owns there; no rank is
 padded to another's. Pages are keyed (adapter, module) by the adapter's content digest, so a page never changes.
 
-Shapes: A page ``[r, d_in]``, B page ``[r, d_out]`` (B transposed, so that both are rows). Packed group: ``a [R, d_in]``
-with R = Σ_modules Σ_adapters r, module by module, inside a module adapter by adapter.
+Shapes: A page ``[r, d_in]``, B page ``[r, d_out]`` (B transposed, so that both are rows), gate vector ``[d_in]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from lorafleet.kernels.packing import Layouts, PackedGroup, PackedModule, Packing
+from lorafleet.kernels.pool import GroupPool, PooledGroup, PooledPage
+from lorafleet.kernels.token_gates import no_gates
 
 # A packing that covers what is needed is kept while at least this share of its rows is needed: rows with a closed
 # gate cost some arithmetic, copying every active adapter's rows costs more.
@@ -43,47 +45,25 @@ class Page(NamedTuple):
     """``[r, d_in]``"""
     b: Tensor
     """``[r, d_out]``"""
+    gate: Tensor | None = None
+    """``[d_in]``, the gate vector of adapter and group; on the page of the adapter's first module there"""
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
 
 
-@dataclass(frozen=True, eq=False)
-class RowLayout:
-    """Which active adapter owns each packed row. Groups with equal layouts share one object (hashed by identity)."""
-
-    adapter_of_row: Tensor
-    """``[R]`` int64, index into ``Packing.keys``"""
-
-
-class PackedModule(NamedTuple):
-    columns: slice
-    """of ``y [T, Σ d_out]``"""
-    rows: slice
-    """of ``a`` and of the intermediate ``[T, R]``"""
-    b: Tensor
-    """``[R_module, d_out]``"""
-
-
-class PackedGroup(NamedTuple):
-    a: Tensor
-    """``[R, d_in]``"""
-    modules: tuple[PackedModule, ...]
-    """only those with at least one row"""
-    layout: RowLayout
-
-
-class Packing(NamedTuple):
-    """The active adapters' rows, contiguous. Groups that no active adapter changes are absent."""
-
-    keys: tuple[str, ...]
-    groups: Mapping[str, PackedGroup]
-    rows: int
-    """over all groups"""
+_Pages: TypeAlias = Mapping[str, Page | PooledPage]
 
 
 class Bank:
     """Adapter rows on one device in one dtype. Not thread-safe: the owner holds a lock or stays in one thread.
 
-    The default dtype is float32 whatever the base's: the products are small beside the base's own, and the gated
-    intermediate then loses nothing that a merged weight would keep.
+    In the base's dtype the rows cost what the base's own weights cost. In float32 (the default, and the right one for a
+    float32 base) the intermediate loses nothing that a merged weight would keep, at twice a bfloat16 base's bytes.
+
+    With ``pool_pages`` the rows live at fixed addresses, so many pages of 16 ranks for each module
+    (:mod:`lorafleet.kernels.pool`); the Triton path reads them there.
     """
 
     def __init__(
@@ -92,24 +72,38 @@ class Bank:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        pool_pages: int | None = None,
     ) -> None:
         self.groups = tuple(groups)
         self.device, self.dtype = torch.device(device), dtype
+        self._group_of = {m.path: group for group in self.groups for m in group.modules}
         self._shapes = {m.path: (group.d_in, m.d_out) for group in self.groups for m in group.modules}
         if len(self._shapes) != sum(len(group.modules) for group in self.groups):
             raise ValueError("found a module in two groups, expected every module in exactly one")
-        self._pages: dict[str, dict[str, Page]] = {}
+        self._pools: dict[str, GroupPool] = {}
+        if pool_pages is not None:
+            self._pools = {
+                g.name: GroupPool(g.d_in, dict(g.modules), pages=pool_pages, device=self.device, dtype=dtype)
+                for g in self.groups
+            }
+        self._pages: dict[str, _Pages] = {}
+        self._gated: set[str] = set()
         self._packing: Packing | None = None
         self.packings_total = 0
 
     def __contains__(self, key: str) -> bool:
         return key in self._pages
 
-    def pages(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Page]:
+    def pages(
+        self, factors: Mapping[str, tuple[Tensor, Tensor]], gates: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Page]:
         """Factors ``path → (A [r, d_in], B [d_out, r])`` as pages on this bank's device.
 
+        ``gates`` are the gate vectors ``[d_in]`` for token-level routing, each under the path of the first module that
+        the adapter changes in a group: all groups that it changes, or none.
+
         Apart from :meth:`add`, so that the copying can happen outside the owner's lock. Raises ValueError for a
-        module that the bank does not know, or a shape that does not fit.
+        module that the bank does not know, a shape that does not fit, or a gate vector missing or misplaced.
         """
         pages: dict[str, Page] = {}
         for path, (a, b) in factors.items():
@@ -120,21 +114,67 @@ class Bank:
                 raise ValueError(
                     f"{path}: found A {list(a.shape)} and B {list(b.shape)}, expected [r, {d_in}] and [{d_out}, r]"
                 )
-            pages[path] = Page(
-                a.detach().to(self.device, self.dtype).contiguous(),
-                b.detach().T.to(self.device, self.dtype).contiguous(),
-            )
+            pages[path] = Page(self._keep(a), self._keep(b.T))
+        if gates:
+            places = {path: self._shapes[path][0] for path in self._first_modules(pages)}
+            if set(gates) != set(places):
+                raise ValueError(
+                    f"found gate vectors for {', '.join(sorted(gates))}; expected one for the first module that the "
+                    f"adapter changes in each group: {', '.join(sorted(places))}"
+                )
+            for path, gate in gates.items():
+                if gate.shape != (places[path],):
+                    raise ValueError(f"{path}: found a gate vector {list(gate.shape)}, expected [{places[path]}]")
+                pages[path] = pages[path]._replace(gate=self._keep(gate))
         return pages
 
+    def _keep(self, rows: Tensor) -> Tensor:
+        return rows.detach().to(self.device, self.dtype).contiguous()
+
+    def _first_modules(self, pages: _Pages) -> list[str]:
+        firsts = (next((m.path for m in group.modules if m.path in pages), None) for group in self.groups)
+        return [path for path in firsts if path is not None]
+
     def add(self, key: str, pages: Mapping[str, Page]) -> None:
-        """Make an adapter available under its digest; the same key again has the same content and is ignored."""
-        self._pages.setdefault(key, dict(pages))
+        """Make an adapter available under its digest; the same key again has the same content and is ignored.
+
+        Raises OverloadedError where the pool has too few free pages; nothing has changed then.
+        """
+        if key in self._pages:
+            return
+        self._pages[key] = self._into_pools(pages) if self._pools else dict(pages)
+        if pages and all(pages[path].gate is not None for path in self._first_modules(pages)):
+            self._gated.add(key)
+
+    def _into_pools(self, pages: Mapping[str, Page]) -> dict[str, PooledPage]:
+        pooled: dict[str, PooledPage] = {}
+        try:
+            for path, page in pages.items():
+                pooled[path] = self._pools[self._group_of[path].name].put(path, page.a, page.b, page.gate)
+        except BaseException:
+            for path, page_ in pooled.items():
+                self._pools[self._group_of[path].name].free(page_)
+            raise
+        return pooled
 
     def remove(self, key: str) -> None:
         """Forget an adapter; nothing that runs may still need it."""
-        del self._pages[key]
+        pages = self._pages.pop(key)
+        self._gated.discard(key)
+        for path, page in pages.items():
+            if isinstance(page, PooledPage):
+                self._pools[self._group_of[path].name].free(page)
         if self._packing is not None and key in self._packing.keys:
             self._packing = None  # its copy of the rows goes too
+
+    def has_gates(self, key: str) -> bool:
+        """Whether tokens can be routed to this adapter."""
+        return key in self._gated
+
+    def require_gates(self, keys: Iterable[str]) -> None:
+        """Raise ValueError, which names them, where some of these adapters have no gates to be routed by."""
+        if without := sorted(key for key in set(keys) if key not in self._gated):
+            raise ValueError(no_gates(without))
 
     def pack(self, needed: Iterable[str]) -> Packing:
         """The rows of at least the needed adapters, contiguous; the last packing as long as it still serves."""
@@ -150,10 +190,10 @@ class Bank:
         return self._packing
 
     def _row_count(self, keys: Iterable[str]) -> int:
-        return sum(page.a.shape[0] for key in keys for page in self._pages[key].values())
+        return sum(page.rank for key in keys for page in self._pages[key].values())
 
     def _pack(self, keys: tuple[str, ...]) -> Packing:
-        layouts: dict[tuple[int, ...], RowLayout] = {}
+        layouts = Layouts(self.device)
         groups = {
             group.name: packed
             for group in self.groups
@@ -161,30 +201,58 @@ class Bank:
         }
         return Packing(keys, groups, self._row_count(keys))
 
-    def _pack_group(
-        self, group: GroupSpec, keys: tuple[str, ...], layouts: dict[tuple[int, ...], RowLayout]
-    ) -> PackedGroup | None:
-        a_pages: list[Tensor] = []
+    def _pack_group(self, group: GroupSpec, keys: tuple[str, ...], layouts: Layouts) -> PackedGroup | None:
+        found: list[tuple[int, Page | PooledPage]] = []
         owners: list[int] = []
         modules: list[PackedModule] = []
         column = 0
         for path, d_out in group.modules:
-            first_row = len(owners)
-            b_pages: list[Tensor] = []
+            first_row, first_page = len(owners), len(found)
             for index, key in enumerate(keys):
                 page = self._pages[key].get(path)
                 if page is not None:
-                    a_pages.append(page.a)
-                    b_pages.append(page.b)
-                    owners.extend([index] * page.a.shape[0])
-            if b_pages:
-                modules.append(
-                    PackedModule(slice(column, column + d_out), slice(first_row, len(owners)), torch.cat(b_pages))
-                )
+                    found.append((index, page))
+                    owners += [index] * page.rank
+            if len(owners) > first_row:
+                rows = slice(first_row, len(owners))
+                own = [page for _, page in found[first_page:]]
+                modules.append(PackedModule(slice(column, column + d_out), rows, _stacked(own, "b")))
             column += d_out
         if not modules:
             return None
-        layout = layouts.get(tuple(owners))
-        if layout is None:
-            layout = layouts[tuple(owners)] = RowLayout(torch.tensor(owners, device=self.device))
-        return PackedGroup(torch.cat(a_pages), tuple(modules), layout)
+        gates = {index: page for index, page in found if page.gate is not None}
+        gated = sorted(gates)
+        d_in, device = group.d_in, self.device
+        return PackedGroup(
+            tuple(modules),
+            layouts.layout(owners, gated),
+            _stacked([page for _, page in found], "a"),
+            _stacked([gates[index] for index in gated], "gate", torch.empty(0, d_in, device=device, dtype=self.dtype)),
+            keys,
+            d_in,
+            self.dtype,
+            self._pooled(group, found, layouts),
+        )
+
+    def _pooled(
+        self, group: GroupSpec, found: Sequence[tuple[int, Page | PooledPage]], layouts: Layouts
+    ) -> PooledGroup | None:
+        pages = [(index, page) for index, page in found if isinstance(page, PooledPage)]
+        return PooledGroup(self._pools[group.name], layouts.page_table(pages)) if pages else None
+
+
+def _stacked(
+    pages: Sequence[Page | PooledPage], name: Literal["a", "b", "gate"], empty: Tensor | None = None
+) -> Callable[[], Tensor]:
+    """Puts the pages' rows one below the other, when asked to; ``empty`` where there are no pages."""
+
+    def make() -> Tensor:
+        parts: list[Tensor] = [getattr(page, name) for page in pages]
+        if name == "gate":
+            parts = [part.unsqueeze(0) for part in parts]
+        if not parts:
+            assert empty is not None
+            return empty
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    return make

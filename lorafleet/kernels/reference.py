@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafleet.kernels.bank import PackedGroup
+from lorafleet.kernels.packing import PackedGroup
 from lorafleet.kernels.plan import Plan
 
 
@@ -15,14 +15,17 @@ def mixture_reference(y: Tensor, x: Tensor, group: PackedGroup, plan: Plan) -> N
     ``y [T, Σ d_out]`` (the modules' outputs side by side), ``x [T, d_in]``. The sum over the adapters is taken in
     float32 and rounded to y's dtype once. An adapter whose gate is zero takes no part, whatever its factors hold.
     """
-    for t in range(x.shape[0]):
-        for module in group.modules:
-            a, b = group.a[module.rows].float(), module.b.float()
-            owner = group.layout.adapter_of_row[module.rows]
+    gates = plan.gates
+    if plan.routing is not None:
+        logits = x[plan.routing.tokens].float() @ group.gate_rows.float().T
+        gates = plan.routed_gates(group.layout, logits)
+    for module in group.modules:
+        a, b = group.a[module.rows].float(), module.b.float()
+        owner = group.layout.adapter_of_row[module.rows]
+        for t in range(x.shape[0]):
             total = torch.zeros(b.shape[1], device=y.device)
-            for k in range(plan.gates.shape[1]):
-                gate = plan.gates[t, k]
-                if gate != 0:
+            for k in range(gates.shape[1]):
+                if gates[t, k] != 0:
                     a_k, b_k = a[owner == k], b[owner == k]
-                    total += gate * ((a_k @ x[t].float()) @ b_k)
+                    total += gates[t, k] * ((a_k @ x[t].float()) @ b_k)
             y[t, module.columns] = (y[t, module.columns].float() + total).to(y.dtype)

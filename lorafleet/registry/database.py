@@ -56,6 +56,15 @@ def parse_url(url: str) -> URL:
     raise InvalidInputError(f"found a {backend} URL for the registry, expected sqlite:/// or postgresql://")
 
 
+def anchored_url(url: str, folder: Path) -> str:
+    """The URL with a SQLite file's relative path taken from a folder, whatever folder a process works in later."""
+    database = parse_url(url).database
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite" or database is None or database.startswith("file:"):
+        return url
+    return parsed.set(database=str(folder / database)).render_as_string(hide_password=False)
+
+
 def make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
     """An engine whose transactions are the table above; connections to SQLite get their pragmas.
 

@@ -102,6 +102,16 @@ class Federation:
 
 
 @dataclass(frozen=True)
+class Lease:
+    """Which coordinator (by a token of its own) works for a federation, since when, and until when unless renewed."""
+
+    federation_id: int
+    owner: str
+    taken_at: float
+    expires_at: float
+
+
+@dataclass(frozen=True)
 class Member:
     """A data owner in a federation, known by its registered key."""
 

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import select
 
 from lorafleet.adapters import LoraAdapter
-from lorafleet.registry import catalog, evaluations, federations, rounds, schema, versions
+from lorafleet.registry import catalog, evaluations, federations, leases, rounds, schema, versions
 from lorafleet.registry.blobs import BlobStore
 from lorafleet.registry.database import Database, bump_revision, parse_url
 from lorafleet.registry.records import (
@@ -23,6 +23,7 @@ from lorafleet.registry.records import (
     Base,
     Evaluation,
     Federation,
+    Lease,
     Lineage,
     Member,
     NewExpert,
@@ -204,6 +205,19 @@ class Registry:
         """By key."""
         with self._database.read() as session:
             return federations.members(session, federation)
+
+    def take_lease(self, federation: Federation, owner: str, *, for_s: float) -> Lease:
+        """Take the lease on a federation, or renew it; it ends ``for_s`` from now by the registry's clock.
+
+        Gives the lease as it stands: another owner's, unchanged, where that one's has not expired.
+        """
+        with self._database.write() as session:
+            return leases.take(session, federation, owner, for_s, self._clock())
+
+    def release_lease(self, federation: Federation, owner: str) -> None:
+        """Give the lease back; nothing happens where it is not the owner's (any more)."""
+        with self._database.write() as session:
+            leases.release(session, federation, owner)
 
     def open_round(self, federation: Federation, number: int) -> Round:
         """Open round ``number``, or give it back as it is; numbers are contiguous from 1."""

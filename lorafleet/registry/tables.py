@@ -88,6 +88,21 @@ class FederationRow(Base):
     created_at: Mapped[Seconds]
 
 
+class LeaseRow(Base):
+    """Which coordinator works for a federation, and until when it is believed to live."""
+
+    __tablename__ = "leases"
+    __table_args__ = (
+        ForeignKeyConstraint(["federation_id", "tenant_id"], ["federations.id", "federations.tenant_id"]),
+    )
+
+    federation_id: Mapped[int] = mapped_column(WideInteger, primary_key=True, autoincrement=False)
+    tenant_id: Mapped[Wide]
+    owner: Mapped[Name]
+    taken_at: Mapped[Seconds]
+    expires_at: Mapped[Seconds]
+
+
 class AdapterRow(Base):
     """``federation_id`` says which federation made it; such an adapter is granted to that federation's members."""
 

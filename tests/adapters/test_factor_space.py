@@ -34,6 +34,14 @@ def test_inner_product_and_norm_equal_the_dense_ones(d_out: int, d_in: int) -> N
     torch.testing.assert_close(norm(p), torch.linalg.matrix_norm(p.delta))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_norm_of_float32_factors_is_right_where_columns_nearly_cancel(seed: int) -> None:
+    first, change = random_pair(24, 40, 1, seed, torch.float32), random_pair(24, 40, 1, seed + 100, torch.float32)
+    pair = LoraPair(torch.cat([first.a, first.a + 1e-4 * change.a]), torch.cat([first.b, -first.b], dim=1))
+    expected = torch.linalg.matrix_norm(pair.b.double() @ pair.a.double())
+    torch.testing.assert_close(norm(pair), expected, rtol=1e-9, atol=0.0)
+
+
 @pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
 @pytest.mark.parametrize("rank", [1, 8, 60])
 def test_svd_of_factors_has_the_spectrum_of_the_product(d_out: int, d_in: int, rank: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lorafleet.clients import app as app_module
 from lorafleet.clients import introduction
 from lorafleet.clients.app import client_app
 from lorafleet.clients.data import Split
-from lorafleet.clients.handover import QUERY, Sections, listening, serve
+from lorafleet.clients.handover import HandedOrder, Sections, listening, receiving, serve
 from lorafleet.clients.orders import answer, load_member
 from lorafleet.errors import UnavailableError
 
@@ -125,7 +124,8 @@ def test_order_without_steps_is_an_evaluation_alone(node: Context, base_folder: 
         ({"member": "birch"}, "InvalidInputError"),
         ({"base_digest": "sha256:other"}, "BaseMismatchError"),
         ({"expert_digest": "sha256:announced-but-absent"}, "InvalidInputError"),
-        ({"sequence_length": 100_000}, "InvalidInputError"),
+        ({"sequence_length": 129}, "InvalidInputError"),
+        ({"deadline_s": 1e-9}, "UnavailableError"),
     ],
 )
 def test_orders_that_are_not_this_members_are_refused(
@@ -173,14 +173,15 @@ def test_task_of_a_process_that_joined_hands_its_message_over(tmp_path: Path, ba
     me = load_member("alder", rank=3, split=split, base=base_folder, device="cpu", dtype="float32")
     path, ended = tmp_path / "orders", threading.Event()
 
-    def carry_out(kind: str, asked: Sections, check: Callable[[], None]) -> Sections:
-        return introduction.introduction("alder", 3, split) if kind == QUERY else answer(me, asked, check=check)
+    def introduce() -> Sections:
+        return introduction.introduction("alder", 3, split)
+
+    def carry_out(order: HandedOrder) -> Sections:
+        return answer(me, order.sections, check=order.check, received_s=order.received_s)
 
     where = context(member="alder", handover=str(path))
-    with listening(path) as listener:
-        serving = threading.Thread(
-            target=serve, args=(listener, carry_out), kwargs={"alive": lambda: not ended.is_set()}
-        )
+    with listening(path) as listener, receiving(listener, introduce) as orders:
+        serving = threading.Thread(target=serve, args=(orders, carry_out), kwargs={"alive": lambda: not ended.is_set()})
         serving.start()
         try:
             said = ask(app_module.app, MessageType.QUERY, RecordDict(), where).config_records[wire.HEADER_SECTION]

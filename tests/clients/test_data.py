@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafleet.clients.data import JsonLines, TextFolder, open_texts, pack, split_texts
+from lorafleet.clients.data import JsonLines, TextFolder, fills_block, open_texts, pack, split_texts
 from lorafleet.errors import InvalidInputError, NotFoundError
 
 DOCUMENTS = [f"document {number} " + "x" * number for number in range(200)]
@@ -80,6 +80,29 @@ def test_json_lines_name_the_line_that_is_wrong(tmp_path: Path) -> None:
         JsonLines(path)
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85"])
+def test_only_a_line_feed_ends_a_json_line(tmp_path: Path, inside: str) -> None:
+    path = tmp_path / "data.jsonl"
+    text = f"eins{inside}zwei"
+    lines = [json.dumps({"text": text}, ensure_ascii=False), json.dumps({"text": "drei"})]
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert [JsonLines(path)[i] for i in range(2)] == [text, "drei"]
+
+
+def test_json_lines_in_another_encoding_are_refused_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes('{"text": "eins"}\n{"text": "größer"}\n'.encode("latin-1"))
+    with pytest.raises(InvalidInputError, match=r"data\.jsonl, line 2: found byte 0xf6, expected UTF-8"):
+        JsonLines(path)
+
+
+def test_file_that_is_not_json_lines_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("a note\n")
+    with pytest.raises(InvalidInputError, match=r"folder or a \.jsonl file"):
+        open_texts(str(path))
+
+
 def test_data_may_be_a_folder_a_file_or_a_module_and_name(
     tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +116,24 @@ def test_data_may_be_a_folder_a_file_or_a_module_and_name(
     for wrong in ("member_texts_for_test:absent", "no_such_module_here:texts", str(tmp_path / "absent")):
         with pytest.raises(NotFoundError):
             open_texts(wrong)
+
+
+def test_blank_documents_count_for_nothing() -> None:
+    split = split_texts(["", "eins", " \n", "zwei"])
+    assert sorted(split.train + split.held_out) == ["eins", "zwei"]
+    with pytest.raises(InvalidInputError, match="found 1 different documents"):
+        split_texts(["eins", "", "\t"])
+
+
+@pytest.mark.parametrize(("train", "held_out"), [(["eins"], []), (["eins"], [" "]), ([""], ["eins"])])
+def test_neither_part_of_a_dataset_of_ones_own_may_be_empty(train: list[str], held_out: list[str]) -> None:
+    class Mine(list[str]):
+        pass
+
+    mine = Mine(train)
+    mine.held_out = held_out  # type: ignore[attr-defined]
+    with pytest.raises(InvalidInputError, match="at least one of each"):
+        split_texts(mine)
 
 
 def test_empty_folder_is_an_error(tmp_path: Path) -> None:
@@ -114,6 +155,12 @@ def test_pack_opens_every_document_and_predicts_every_token_once(tokenizer: Any)
     assert blocks[:, 1:].flatten().tolist() == stream[1:16]
     assert blocks[:, :-1].flatten().tolist() == stream[:15]
     assert stream.count(tokenizer.eos_token_id) == 3
+
+
+def test_texts_fill_a_block_exactly_where_pack_finds_one(tokenizer: Any) -> None:
+    assert not fills_block(["abc"], tokenizer, 4)
+    assert fills_block(["abcd"], tokenizer, 4)
+    assert fills_block(iter(["ab", "c"]), tokenizer, 4)
 
 
 def test_pack_of_too_little_text_says_how_much_there_was(tokenizer: Any) -> None:

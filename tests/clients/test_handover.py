@@ -7,23 +7,26 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lorafleet.clients import handover
 from lorafleet.clients.handover import (
     MAX_SOCKET_PATH,
     ORDER,
     QUERY,
     Abandoned,
-    Answer,
+    HandedOrder,
     Sections,
     ask,
     decode,
     encode,
     listening,
+    receiving,
     serve,
 )
 from lorafleet.errors import InvalidInputError, UnavailableError
@@ -45,12 +48,15 @@ def sections() -> Sections:
     )
 
 
+WHO = Sections({"header": {"member": "alder"}}, {}, {})
+
+
 @contextmanager
-def member(path: Path, answer: Answer) -> Iterator[None]:
+def member(path: Path, answer: Callable[[HandedOrder], Sections]) -> Iterator[None]:
     """A process that joined, as a thread."""
     ended = threading.Event()
-    with listening(path) as listener:
-        thread = threading.Thread(target=serve, args=(listener, answer), kwargs={"alive": lambda: not ended.is_set()})
+    with listening(path) as listener, receiving(listener, lambda: WHO) as orders:
+        thread = threading.Thread(target=serve, args=(orders, answer), kwargs={"alive": lambda: not ended.is_set()})
         thread.start()
         try:
             yield
@@ -83,19 +89,45 @@ def test_frame_carries_scalars_alone() -> None:
         encode(ORDER, Sections({"order": {"payload": b"x"}}, {}, {}))
 
 
-def test_requests_are_answered_one_after_the_other(tmp_path: Path) -> None:
-    kinds: list[str] = []
+def test_orders_are_carried_out_one_after_the_other(tmp_path: Path) -> None:
+    received: list[float] = []
 
-    def echo(kind: str, asked: Sections, check: Callable[[], None]) -> Sections:
-        check()
-        kinds.append(kind)
-        return asked
+    def echo(order: HandedOrder) -> Sections:
+        order.check()
+        received.append(order.received_s)
+        return order.sections
 
     with member(tmp_path / "orders", echo):
-        for kind in (QUERY, ORDER):
-            assert_equal(ask(tmp_path / "orders", kind, sections()), sections())
-        assert_equal(ask(tmp_path / "orders", QUERY, Sections.empty()), Sections.empty())
-    assert kinds == [QUERY, ORDER, QUERY]
+        assert_equal(ask(tmp_path / "orders", ORDER, sections()), sections())
+        assert_equal(ask(tmp_path / "orders", QUERY, Sections.empty()), WHO)
+        assert_equal(ask(tmp_path / "orders", ORDER, Sections.empty()), Sections.empty())
+    assert received == sorted(received)
+    assert len(received) == 2
+
+
+def test_queries_are_answered_while_orders_wait(tmp_path: Path) -> None:
+    at_work, released = threading.Event(), threading.Event()
+
+    def slow(order: HandedOrder) -> Sections:
+        at_work.set()
+        assert released.wait(timeout=30)
+        return order.sections
+
+    with member(tmp_path / "orders", slow), ThreadPoolExecutor() as tasks:
+        answers = [tasks.submit(ask, tmp_path / "orders", ORDER, sections()) for _ in range(2)]
+        try:
+            assert at_work.wait(timeout=30)
+            assert_equal(ask(tmp_path / "orders", QUERY, Sections.empty()), WHO)
+            assert not any(answer.done() for answer in answers)
+        finally:
+            released.set()
+        for answer in answers:
+            assert_equal(answer.result(timeout=30), sections())
+
+
+def test_queries_are_answered_before_anybody_serves(tmp_path: Path) -> None:
+    with listening(tmp_path / "orders") as listener, receiving(listener, lambda: WHO):
+        assert_equal(ask(tmp_path / "orders", QUERY, Sections.empty()), WHO)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +139,10 @@ def test_only_the_kind_of_an_error_leaves_and_the_next_request_is_answered(
 ) -> None:
     failing = [error]
 
-    def answer(kind: str, asked: Sections, check: Callable[[], None]) -> Sections:
+    def answer(order: HandedOrder) -> Sections:
         if failing:
             raise failing.pop()
-        return asked
+        return order.sections
 
     with member(tmp_path / "orders", answer):
         with pytest.raises(UnavailableError, match=words) as raised:
@@ -120,17 +152,17 @@ def test_only_the_kind_of_an_error_leaves_and_the_next_request_is_answered(
     assert "/home/secret" in caplog.text
 
 
-def test_training_ends_when_its_task_has_gone(tmp_path: Path) -> None:
+def test_work_ends_when_its_task_has_gone(tmp_path: Path) -> None:
     started, abandoned = threading.Event(), threading.Event()
 
-    def answer(kind: str, asked: Sections, check: Callable[[], None]) -> Sections:
-        if kind == QUERY:
-            return asked
-        check()
+    def answer(order: HandedOrder) -> Sections:
+        if not order.sections.configs:
+            return order.sections
+        order.check()
         started.set()
         try:
             while True:
-                check()
+                order.check()
         except Abandoned:
             abandoned.set()
             raise
@@ -141,15 +173,40 @@ def test_training_ends_when_its_task_has_gone(tmp_path: Path) -> None:
             task.sendall(encode(ORDER, sections()))
             assert started.wait(timeout=30)
         assert abandoned.wait(timeout=30)
-        assert_equal(ask(tmp_path / "orders", QUERY, sections()), sections())
+        assert_equal(ask(tmp_path / "orders", ORDER, Sections.empty()), Sections.empty())
 
 
 def test_task_that_dies_while_it_asks_costs_nobody_else(tmp_path: Path) -> None:
-    with member(tmp_path / "orders", lambda kind, asked, check: asked):
+    with member(tmp_path / "orders", lambda order: order.sections):
         with socket.socket(socket.AF_UNIX) as task:
             task.connect(str(tmp_path / "orders"))
             task.sendall(encode(ORDER, sections())[:40])
-        assert_equal(ask(tmp_path / "orders", QUERY, sections()), sections())
+        assert_equal(ask(tmp_path / "orders", ORDER, sections()), sections())
+
+
+def test_task_that_says_nothing_keeps_nobody_waiting_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(handover, "SILENCE_TIMEOUT_S", 0.3)
+    with socket.socket(socket.AF_UNIX) as silent, member(tmp_path / "orders", lambda order: order.sections):
+        silent.connect(str(tmp_path / "orders"))
+        assert_equal(ask(tmp_path / "orders", ORDER, sections()), sections())
+    assert "did not hand its message over" in caplog.text
+
+
+def test_end_is_seen_while_a_task_says_nothing(tmp_path: Path) -> None:
+    # Leaving `member` checks that `serve` came to its end; the task is within its time all along.
+    with socket.socket(socket.AF_UNIX) as silent, member(tmp_path / "orders", lambda order: order.sections):
+        silent.connect(str(tmp_path / "orders"))
+
+
+def test_message_that_cannot_be_read_costs_nobody_else(tmp_path: Path) -> None:
+    with member(tmp_path / "orders", lambda order: order.sections):
+        with socket.socket(socket.AF_UNIX) as task:
+            task.connect(str(tmp_path / "orders"))
+            task.sendall((1).to_bytes(8, "big") + bytes(8) + b"{")
+            assert task.recv(1) == b""
+        assert_equal(ask(tmp_path / "orders", ORDER, sections()), sections())
 
 
 def test_task_whose_member_is_gone_says_so(tmp_path: Path) -> None:

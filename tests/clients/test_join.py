@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from flwr.common.config import parse_config_args
 
-from lorafleet.clients.join import join, node_config
-from lorafleet.errors import InvalidInputError, NotFoundError
+from lorafleet.adapters.wire import ORDER_SECTION, TrainOrder
+from lorafleet.assets import base_digest
+from lorafleet.clients import join_federation
+from lorafleet.clients.handover import ORDER, QUERY, Sections, ask
+from lorafleet.clients.join import node_config
+from lorafleet.errors import InvalidInputError, NotFoundError, UnavailableError
 
 
 def test_node_config_reads_back_in_flower_as_it_was_meant() -> None:
@@ -28,7 +38,7 @@ def test_node_config_refuses_what_flower_cannot_read(value: str) -> None:
 
 def test_wrong_data_is_an_error_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="absent"):
-        join("127.0.0.1:1", data=tmp_path / "absent", member="a", rank=4, insecure=True)
+        join_federation("127.0.0.1:1", data=tmp_path / "absent", member="a", rank=4, insecure=True)
 
 
 @pytest.mark.parametrize(
@@ -37,40 +47,52 @@ def test_wrong_data_is_an_error_before_anything_starts(tmp_path: Path) -> None:
         ({"rank": 0}, InvalidInputError),
         ({"dtype": "int8"}, InvalidInputError),
         ({"base": "absent"}, NotFoundError),
+        ({"device": "cuda:99"}, InvalidInputError),
+        ({"insecure": False, "root_certificates": Path("absent.pem")}, NotFoundError),
+        ({"insecure": False, "private_key": Path("absent.pem")}, NotFoundError),
         ({"data": []}, NotFoundError),
     ],
 )
 def test_arguments_that_cannot_work_are_errors_before_anything_starts(
-    data_folder: Path, changes: dict[str, Any], error: type[Exception]
+    data_folder: Path, changes: dict[str, Any], error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lorafleet.clients.join.tempfile.TemporaryDirectory", None)  # where starting begins
     with pytest.raises(error):
-        join("127.0.0.1:1", **{"data": data_folder, "member": "a", "rank": 4, "insecure": True, **changes})
-
-
-@pytest.mark.process
-def test_supernode_that_fails_ends_the_join_with_its_code(data_folder: Path, base_folder: Path) -> None:
-    absent = data_folder / "absent.pem"
-    script = (
-        "from lorafleet.clients.join import join\n"
-        f"join('127.0.0.1:9', data={str(data_folder)!r}, member='a', rank=4, base={str(base_folder)!r},"
-        f" root_certificates={str(absent)!r})\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "UnavailableError: the SuperNode ended with code" in done.stderr
+        join_federation("127.0.0.1:1", **{"data": data_folder, "member": "a", "rank": 4, "insecure": True, **changes})
 
 
 def test_insecure_with_certificates_is_refused(tmp_path: Path, data_folder: Path) -> None:
     with pytest.raises(InvalidInputError, match="insecure"):
-        join("127.0.0.1:1", data=data_folder, member="a", rank=4, insecure=True, root_certificates=tmp_path)
+        join_federation("127.0.0.1:1", data=data_folder, member="a", rank=4, insecure=True, root_certificates=tmp_path)
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_supernode_ends_with_the_process_that_joined(data_folder: Path, number: signal.Signals) -> None:
+def test_certificates_that_are_none_are_refused_before_anything_starts(tmp_path: Path, data_folder: Path) -> None:
+    garbage = tmp_path / "garbage.pem"
+    garbage.write_text("no certificate\n")
+    with pytest.raises(InvalidInputError, match=r"garbage\.pem"):
+        join_federation("127.0.0.1:1", data=data_folder, member="a", rank=4, root_certificates=garbage)
+
+
+def test_join_from_another_thread_is_refused(data_folder: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(join_federation, "127.0.0.1:1", data=data_folder, member="a", rank=4, insecure=True)
+        with pytest.raises(InvalidInputError, match="main"):
+            done.result(timeout=60)
+
+
+@contextmanager
+def joined(
+    data: Path, base: Path, temp: Path, *, quiet_s: float = 30.0, before: str = "", **options: Any
+) -> Iterator[Any]:
+    """A process that joins a SuperLink that is not there; its output is a pipe, its temporary folder is in ``temp``."""
     script = (
-        "from lorafleet.clients.join import join\n"
-        f"join('127.0.0.1:9', data={str(data_folder)!r}, member='alder', rank=4, insecure=True)\n"
+        "import logging\n"
+        "import lorafleet.clients.join as join\n"
+        "logging.basicConfig(level=logging.WARNING)\n"
+        "logging.getLogger('lorafleet').setLevel(logging.INFO)\n"
+        f"join.QUIET_S = {quiet_s}\n{before}"
+        f"join.join_federation('127.0.0.1:9', data={str(data)!r}, member='alder', rank=4, base={str(base)!r}, "
+        f"dtype='float32', **{options!r})\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", script],
@@ -78,12 +100,134 @@ def test_supernode_ends_with_the_process_that_joined(data_folder: Path, number: 
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-    ) as member:
-        assert member.stdout is not None
-        for line in member.stdout:
-            if "Starting Flower SuperNode" in line:
-                break
-        member.send_signal(number)
-        # The SuperNode holds the other end of the pipe: reading to its end means that it is gone.
-        member.stdout.read()
-        assert member.wait(timeout=60) == 0
+        env={**os.environ, "TMPDIR": str(temp), "OMP_NUM_THREADS": "1"},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until(process: Any, words: str) -> str:
+    """The output up to the line that holds ``words``."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            return "".join(lines)
+    raise AssertionError(f"no {words!r} in:\n{''.join(lines)}")
+
+
+def family(process: Any) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """Within 20 s, as whoever inherits an orphan takes its time to see its end."""
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    for process in alive:
+        process.kill()
+    assert alive == []
+
+
+def long_order(base: Path) -> Sections:
+    order = TrainOrder(
+        federation="t/f", round=1, attempt=1, member="alder", base_digest=base_digest(base), expert_digest="", rank=0,
+        steps=1_000_000, batch_size=2, sequence_length=16, learning_rate=1e-9, seed=1, init_seed=2, deadline_s=600.0,
+    )  # fmt: skip
+    return Sections({ORDER_SECTION: order.to_config()}, {}, {})
+
+
+@pytest.fixture
+def temp() -> Iterator[Path]:
+    # A socket's path is short, pytest's folders are not.
+    with tempfile.TemporaryDirectory(prefix="lf-") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.process
+def test_supernode_that_fails_ends_the_join_with_its_code(data_folder: Path, base_folder: Path, temp: Path) -> None:
+    garbage = data_folder / "garbage.key"
+    garbage.write_text("no key\n")
+    with joined(data_folder, base_folder, temp, private_key=str(garbage)) as process:
+        output = process.stdout.read()
+        assert process.wait(timeout=60) == 1
+    assert "UnavailableError: the SuperNode ended with code" in output
+
+
+@pytest.mark.process
+def test_member_is_ready_once_somebody_asks_and_says_that_nobody_does(
+    data_folder: Path, base_folder: Path, temp: Path
+) -> None:
+    with joined(data_folder, base_folder, temp, insecure=True, quiet_s=0.5) as process:
+        before = read_until(process, "no coordinator has asked")
+        assert "127.0.0.1:9" in before.splitlines()[-1]
+        assert "is ready" not in before
+        (socket,) = temp.glob("lorafleet-node-*/orders")
+        said = ask(socket, QUERY, Sections.empty()).configs["header"]
+        assert said == {"member": "alder", "rank": 4, "num_examples": 6}
+        read_until(process, "alder is ready")
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+        assert process.wait(timeout=60) == 0
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_supernode_ends_with_the_process_that_joined(
+    data_folder: Path, base_folder: Path, temp: Path, number: signal.Signals
+) -> None:
+    with joined(data_folder, base_folder, temp, insecure=True) as process:
+        read_until(process, "Starting Flower SuperExec")
+        children = family(process)
+        assert len(children) == 2
+        process.send_signal(number)
+        # The children hold the other end of the pipe: reading to its end means that they are gone.
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0, rest
+    assert_gone(children)
+    assert list(temp.iterdir()) == []
+
+
+@pytest.mark.process
+def test_a_second_ctrl_c_in_a_training_does_not_disturb_the_end(
+    data_folder: Path, base_folder: Path, temp: Path
+) -> None:
+    with joined(data_folder, base_folder, temp, insecure=True) as process, ThreadPoolExecutor() as tasks:
+        read_until(process, "Starting Flower SuperExec")
+        (socket,) = temp.glob("lorafleet-node-*/orders")
+        task = tasks.submit(ask, socket, ORDER, long_order(base_folder))
+        read_until(process, "1000000 steps")
+        children = family(process)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0, rest
+        with pytest.raises(UnavailableError, match="join again"):
+            task.result(timeout=30)
+    assert "Traceback" not in rest
+    assert_gone(children)
+    assert list(temp.iterdir()) == []
+
+
+@pytest.mark.process
+def test_join_that_is_stopped_while_it_imports_ends_well(data_folder: Path, base_folder: Path, temp: Path) -> None:
+    # Dataclasses and named tuples are made by an exec of a string: most of importing torch is below one or near one.
+    stopped_here = "import os, signal; os.kill(os.getpid(), signal.SIGTERM); signal.pause()"
+    before = (
+        f"import lorafleet.clients.orders as orders\norders.load_member = lambda *_, **__: exec({stopped_here!r})\n"
+    )
+    with joined(data_folder, base_folder, temp, before=before, insecure=True) as process:
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0, rest
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_nothing_of_flower_outlives_a_member_that_is_killed(data_folder: Path, base_folder: Path, temp: Path) -> None:
+    with joined(data_folder, base_folder, temp, insecure=True) as process:
+        read_until(process, "Starting Flower SuperExec")
+        children = family(process)
+        assert len(children) == 2
+        process.kill()
+        assert_gone(children)

@@ -148,6 +148,19 @@ def test_held_out_loss_is_that_of_the_merged_model(blocks: Tensor) -> None:
     assert held_out_loss(model, blocks, adapter=adapter, batch_size=7) == pytest.approx(expected, rel=1e-5)
 
 
+def test_evaluation_ends_where_its_check_raises(model: Any, blocks: Tensor) -> None:
+    calls = []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        held_out_loss(model, blocks, batch_size=4, check=check)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_residual_layer_has_the_gradients_of_the_written_out_formula(bias: bool) -> None:
     torch.manual_seed(0)

@@ -60,10 +60,14 @@ class Scripted:
     def __init__(self, answers: Mapping[str, Answer], silent: tuple[str, ...] = ()) -> None:
         self.answers, self.silent = dict(answers), silent
         self.ordered: list[Order] = []
+        self.busy_nodes = 0
         self.waiting: list[Reply] = []
 
     def members(self) -> Mapping[str, MemberInfo]:
         return {key: MemberInfo(key, 4, 10) for key in self.answers}
+
+    def busy(self) -> int:
+        return self.busy_nodes
 
     def send(self, orders: Mapping[str, Order]) -> None:
         self.ordered.extend(orders.values())

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Iterable
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import pytest
-from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from lorafleet.adapters.wire import HEADER_SECTION, TrainOrder
+from lorafleet.adapters.wire import FACTORS_SECTION, HEADER_SECTION, TrainOrder
 from lorafleet.coordinator.flower_grid import POLL_S, FlowerTransport
-from lorafleet.coordinator.transport import Order
+from lorafleet.coordinator.transport import MAX_WORDS, Order, Reply
 from tests.coordinator.scripted import BASE
 
 JOIN_S, REFRESH_S = 90.0, 10.0
@@ -30,10 +35,14 @@ def flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Node:
-    """A node that says who it is ``after_s`` after it was asked; without a member it only has an error to say."""
+    """A node that says who it is ``after_s`` after it was asked; without a member it only has an error to say.
+
+    ``answer``, where there is one, makes its reply, or raises in the place of Flower, which inflates what it was sent.
+    """
 
     member: str
     after_s: float = 3.0
+    answer: Callable[[Message], Message] | None = None
 
 
 class ScriptedGrid:
@@ -44,6 +53,8 @@ class ScriptedGrid:
         self.now = 0.0
         self.looks = 0
         self.queried: list[int] = []
+        self.lives: list[float] = []
+        self.lost = False
         self.worked: list[int] = []
         self._ids = count(1)
         self._waiting: dict[str, tuple[Message, float]] = {}
@@ -56,6 +67,8 @@ class ScriptedGrid:
 
     def get_node_ids(self) -> Iterable[int]:
         self.looks += 1
+        if self.lost:
+            raise ConnectionError("the SuperLink is gone")
         return list(self.nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -64,6 +77,7 @@ class ScriptedGrid:
             node = message.metadata.dst_node_id
             query = message.metadata.message_type == MessageType.QUERY
             (self.queried if query else self.worked).append(node)
+            self.lives.append(message.metadata.ttl)
             message.metadata.__dict__["_message_id"] = str(next(self._ids))
             self._waiting[message.metadata.message_id] = (message, self.now)
             sent.append(message.metadata.message_id)
@@ -71,6 +85,8 @@ class ScriptedGrid:
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         ready = []
+        if self.lost:
+            raise ConnectionError("the SuperLink is gone")
         for sent in message_ids:
             message, asked = self._waiting[sent]
             node = self.nodes.get(message.metadata.dst_node_id)
@@ -81,18 +97,21 @@ class ScriptedGrid:
 
     @staticmethod
     def _answer(node: Node, message: Message) -> Message:
+        if node.answer is not None:
+            return node.answer(message)
         if not node.member:
             return Message(Error(code=1, reason="no data"), reply_to=message)
         said = ConfigRecord({"member": node.member, "rank": 4, "num_examples": 10})
         return Message(RecordDict({HEADER_SECTION: said}), reply_to=message)
 
 
-def transport(grid: ScriptedGrid, *expected: str) -> FlowerTransport:
+def transport(grid: ScriptedGrid, *expected: str, order_timeout_s: float = 0.0) -> FlowerTransport:
     return FlowerTransport(
         cast(Grid, grid),
         expected=expected,
         join_timeout_s=JOIN_S,
         refresh_timeout_s=REFRESH_S,
+        order_timeout_s=order_timeout_s,
         clock=grid.clock,
         sleep=grid.sleep,
     )
@@ -228,3 +247,193 @@ def test_a_query_that_a_node_took_with_it_is_asked_of_the_next(caplog: pytest.Lo
     assert members.members().keys() == {"alder", "birch"}
     assert working_node(grid, members, "birch") == 4
     assert not caplog.records
+
+
+def npy(header: str, body: bytes = b"") -> bytes:
+    """An .npy document of version 1.0 with a header that nobody has checked."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + body
+
+
+def claims(shape: str, dtype: str = "<f4", body: bytes = b"\0" * 16) -> bytes:
+    return npy(f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}\n", body)
+
+
+def archive() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, np.ones((4, 4), np.float32))
+    return buffer.getvalue()
+
+
+def saved(array: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+BAD_DATA = {
+    "an archive": archive(),
+    "half an archive": archive()[:60],
+    "a pickle": saved(np.array([{}], dtype=object)),
+    "nothing": b"",
+    "no npy": b"PK\x03\x04" + b"\0" * 40,
+    "a size above 64 bits": claims("(99999999999999999999, 4)"),
+    "forty terabytes": claims("(10000000000000,)"),
+    "four gigabytes": claims("(1000000000,)"),
+    "a negative size": claims("(-1, -4)"),
+    "a size that is no number": claims("('x',)"),
+    "deep nesting": npy("(" * 9000 + ")" * 9000),
+    "deep negation": npy("-" * 9000 + "1"),
+    "no header": b"\x93NUMPY\x01\x00",
+    "version 9": b"\x93NUMPY\x09\x00" + b"\0" * 32,
+    "empty elements": claims("(4, 1000000000000)", "|V0", b""),
+    "too much": claims("(2, 2)", body=b"\0" * 17),
+    "another type than it says": claims("()", "O", b"\0" * 8),
+}
+
+
+def answering(data: bytes) -> Callable[[Message], Message]:
+    """An update whose only array has these bytes, whatever its shape and type say."""
+    array = Array("float32", (4, 4), "numpy.ndarray", data)
+    return lambda asked: Message(RecordDict({FACTORS_SECTION: ArrayRecord({"q.lora_A": array})}), reply_to=asked)
+
+
+def replies_with(answer: Callable[[Message], Message]) -> dict[str, Reply]:
+    """What the transport makes of one member's answer, beside another member's that is fine."""
+    grid = ScriptedGrid(alder=1, birch=2)
+    members = transport(grid, "alder", "birch")
+    members.members()
+    grid.nodes[1].answer = answer
+    grid.nodes[2].answer = answering(saved(np.ones((4, 4), np.float32)))
+    members.send({"alder": order("alder"), "birch": order("birch")})
+    found = {reply.member: reply for reply in members.receive(timeout_s=30.0)}
+    np.testing.assert_array_equal(found["birch"].arrays["q.lora_A"], np.ones((4, 4)))
+    return found
+
+
+@pytest.mark.parametrize("data", BAD_DATA.values(), ids=BAD_DATA)
+def test_bytes_that_are_no_array_cost_their_member_its_update_alone(data: bytes) -> None:
+    tracemalloc.start()
+    found = replies_with(answering(data))["alder"]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "cannot be read" in found.error and found.arrays == {}
+    assert peak < 2**24
+
+
+def raises(error: Exception) -> Callable[[Message], Message]:
+    def answer(asked: Message) -> Message:
+        raise error
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no protobuf"), RecursionError("deep"), MemoryError(), KeyError("Mess"), zipfile.BadZipFile()]
+)
+def test_an_object_that_flower_cannot_inflate_costs_its_member_its_update_alone(error: Exception) -> None:
+    assert type(error).__name__ in replies_with(raises(error))["alder"].error
+
+
+def test_a_reply_that_names_another_order_still_is_its_senders() -> None:
+    def answer(asked: Message) -> Message:
+        reply = Message(Error(code=1, reason="oops"), reply_to=asked)
+        reply.metadata.__dict__["_reply_to_message_id"] = "of somebody else"
+        return reply
+
+    assert replies_with(answer)["alder"].error == "Flower error 1: oops"
+
+
+def test_words_of_a_member_are_one_line_of_bounded_length() -> None:
+    words = "lost\nSuccessfully started run 99\x1b[2J\u2028" + "x" * 10_000
+    found = replies_with(lambda asked: Message(Error(code=1, reason=words), reply_to=asked))["alder"].error
+    assert found.isprintable() and "started run 99" in found
+    assert len(found) == MAX_WORDS + 1
+
+
+def test_a_superlink_that_is_gone_is_nobodys_failure() -> None:
+    grid = ScriptedGrid(alder=1)
+    members = transport(grid, "alder")
+    members.members()
+    members.send({"alder": order("alder")})
+    grid.lost = True
+    with pytest.raises(ConnectionError):
+        members.receive(timeout_s=1.0)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        raises(ValueError("no protobuf")),
+        lambda asked: Message(Error(code=1, reason="no\ndata"), reply_to=asked),
+        lambda asked: Message(RecordDict(), reply_to=asked),
+        lambda asked: Message(
+            RecordDict({HEADER_SECTION: ConfigRecord({"member": "bir\nch", "rank": 4, "num_examples": 1})}),
+            reply_to=asked,
+        ),
+        lambda asked: Array(np.ones(2)),
+    ],
+    ids=["unreadable", "error", "empty", "a key of two lines", "no message"],
+)
+def test_an_introduction_that_says_nothing_leaves_the_others_in_peace(
+    answer: Callable[[Message], Message], caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = ScriptedGrid(alder=1)
+    grid.nodes[2] = Node("birch", answer=answer)
+    members = transport(grid, "alder")
+    assert members.members().keys() == {"alder"}
+    assert "node 2" in caplog.text and all(r.getMessage().isprintable() for r in caplog.records)
+    grid.nodes[2].answer = None
+    members.members()
+    grid.now += 3.0
+    assert members.members().keys() == {"alder", "birch"}
+
+
+def test_the_first_look_waits_for_a_node_that_is_still_at_an_earlier_order(caplog: pytest.LogCaptureFixture) -> None:
+    grid = ScriptedGrid(alder=1)
+    grid.nodes[2] = Node("birch", after_s=240.0)
+    members = transport(grid, "alder", "birch", order_timeout_s=600.0)
+    with caplog.at_level(logging.INFO):
+        assert members.members().keys() == {"alder", "birch"}
+    assert 240.0 <= grid.now <= 240.0 + POLL_S
+    assert [r.getMessage() for r in caplog.records] == [
+        "1 nodes are here, but have not said who they are: they may be at an earlier order; waiting for them, at most "
+        "510 s more"
+    ]
+
+
+def test_the_first_look_does_not_wait_longer_for_a_member_of_whom_no_node_is_here() -> None:
+    grid = ScriptedGrid(alder=1)
+    members = transport(grid, "alder", "birch", order_timeout_s=600.0)
+    assert members.members().keys() == {"alder"}
+    assert JOIN_S <= grid.now <= JOIN_S + POLL_S
+    assert members.busy() == 0
+
+
+def test_a_node_that_stays_busy_is_waited_for_as_long_as_an_order_takes() -> None:
+    grid = ScriptedGrid()
+    grid.nodes[2] = Node("birch", after_s=10_000.0)
+    members = transport(grid, "birch", order_timeout_s=600.0)
+    assert members.members() == {}
+    assert 600.0 <= grid.now <= 600.0 + POLL_S
+    assert members.busy() == 1
+
+
+def test_a_query_lives_as_long_as_somebody_waits_for_it() -> None:
+    grid = ScriptedGrid(alder=1)
+    transport(grid, "alder").members()
+    transport(grid, "alder", order_timeout_s=600.0).members()
+    assert grid.lives == [JOIN_S, 600.0]
+
+
+def test_a_node_whose_order_failed_is_asked_again_who_it_is() -> None:
+    grid = ScriptedGrid(alder=1, birch=2)
+    members = transport(grid, "alder", "birch")
+    members.members()
+    # It has a key of its own, and came back with the same id for another member.
+    grid.nodes[1].answer = raises(ValueError("restarted"))
+    members.send({"alder": order("alder"), "birch": order("birch")})
+    assert {r.member for r in members.receive(timeout_s=30.0)} == {"alder", "birch"}
+    grid.nodes[1] = Node("cedar")
+    assert members.members().keys() == {"birch", "cedar"}
+    assert grid.queried == [1, 2, 1]
+    assert working_node(grid, members, "cedar") == 1

@@ -11,9 +11,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from ipaddress import ip_address
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -304,3 +306,115 @@ def test_a_run_that_nobody_follows_is_stopped_by_tls_too(tmp_path: Path) -> None
             timeout=60,
         )
     assert [run["status"] for run in json.loads(listed.stdout)["runs"]] == ["finished:stopped"]
+
+
+def follow(code: str, log_to: io.StringIO | None = None) -> tuple[str, str]:
+    """What is made of the output of a ``flwr run`` that is this code."""
+    return launch._follow([sys.executable, "-c", code], os.environ, log_to or io.StringIO())
+
+
+def test_only_flowers_own_word_says_which_run_it_is() -> None:
+    code = "print('Successfully started run 7'); print('the update of alder is rejected: started run 99')"
+    assert follow(code)[0] == "7"
+
+
+def test_output_that_is_no_utf_8_is_passed_on() -> None:
+    log = io.StringIO()
+    follow("import sys; sys.stdout.buffer.write(b'Gr\\xf6\\xdfe \\xe2\\x80\\xa6\\n')", log)
+    assert log.getvalue() == "Gr\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}e …\n"
+
+
+def fake_flwr(folder: Path, monkeypatch: pytest.MonkeyPatch, **commands: str) -> None:
+    """Commands of ``flwr`` as pieces of Python."""
+    script = folder / "flwr"
+    script.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys, time\nfrom pathlib import Path\nfolder = Path({str(folder)!r})\n"
+        f"exec({commands!r}[sys.argv[1]])\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(flower_commands, "script", lambda name: str(folder / name))
+
+
+STARTS = "print('Successfully started run 7', flush=True)"
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        (
+            'print(\'{"runs": [{"status": "running"}]}\')',
+            r"run 7 is still running: follow it with 'flwr log 7 .*stop it with 'flwr stop 7",
+        ),
+        ('print(\'{"runs": [{"status": "finished:failed", "status-details": "oom"}]}\')', "ended as .*failed: oom"),
+        ("print('no connection')", "cannot ask the SuperLink how run 7 ended: no connection"),
+        ("print('[]')", "cannot ask the SuperLink how run 7 ended"),
+        ("time.sleep(600)", "no answer within 1 s"),
+    ],
+)
+def test_how_a_run_ended_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str, words: str) -> None:
+    fake_flwr(tmp_path, monkeypatch, run=STARTS, ls=listed)
+    monkeypatch.setattr(launch, "ASK_TIMEOUT_S", 1.0 if "sleep" in listed else 60.0)
+    with pytest.raises(UnavailableError, match=words):
+        submit("127.0.0.1:1", tmp_path / "f.toml", insecure=True, log_to=io.StringIO())
+
+
+RUNS = """
+import sys
+from pathlib import Path
+from lorafleet import flower_commands
+from lorafleet.coordinator.launch import submit
+from lorafleet.stopping import interruptible
+flower_commands.script = lambda name: str(Path(sys.argv[1]) / name)
+with interruptible():
+    submit("127.0.0.1:1", Path(sys.argv[1]) / "f.toml", insecure=True, log_to=sys.stdout)
+"""
+
+
+def wait_for(done: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@contextmanager
+def submitting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
+    """A coordinator in a group of its own, whose ``flwr run`` runs until it is ended."""
+    fake_flwr(
+        folder,
+        monkeypatch,
+        run=f"(folder / 'run').write_text(str(os.getpid())); {STARTS}; time.sleep(600)",
+        stop="(folder / 'begun').touch(); time.sleep(1); (folder / 'stopped').write_text(sys.argv[2])",
+    )
+    command = [sys.executable, "-c", RUNS, str(folder)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert "started run 7" in process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_asks_twice_to_stop_still_has_the_run_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    with submitting(tmp_path, monkeypatch) as process:
+        os.killpg(process.pid, number)
+        wait_for((tmp_path / "begun").exists)
+        os.killpg(process.pid, number)
+        process.wait(timeout=60)
+    assert (tmp_path / "stopped").read_text() == "7"
+    wait_for(lambda: not psutil.pid_exists(int((tmp_path / "run").read_text())))
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_coordinator_that_is_killed_leaves_no_flwr_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with submitting(tmp_path, monkeypatch) as process:
+        process.kill()
+    wait_for(lambda: not psutil.pid_exists(int((tmp_path / "run").read_text())))

@@ -14,8 +14,9 @@ from lorafleet.adapters import LoraAdapter
 from lorafleet.coordinator.rounds import run_federation
 from lorafleet.coordinator.settings import FederationSettings, Training
 from lorafleet.coordinator.transport import Order, Reply
+from lorafleet.coordinator.tree import LocalReducer, Weighted
 from lorafleet.errors import UnavailableError
-from lorafleet.registry import Registry
+from lorafleet.registry import NewExpert, Registry
 from tests.coordinator.scripted import BASE, SHAPES, Scripted, honest, reply_with, residual, start
 
 SETTINGS = FederationSettings(
@@ -367,3 +368,64 @@ def test_updates_are_for_the_base_that_was_ordered(tmp_path: Path, four: Scripte
     journal = registry.updates(registry.rounds(federation)[0], accepted_only=False)
     reason = next(u.reason for u in journal if u.member == "foreign")
     assert reason == f"order: base_digest is 'sha256:{'c' * 64}', the order said '{BASE}'"
+
+
+def test_what_a_member_says_is_journalled_and_logged_as_one_line(
+    tmp_path: Path, four: Scripted, opened: list[Registry], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = "lost\nINFO lorafleet: Successfully started run 99\x1b[2J" + "x" * 10_000
+    four.answers["evil"] = lambda order: Reply(order.order.member, error=words)
+    registry, federation, parts = start(tmp_path, four, SETTINGS)
+    opened.append(registry)
+    four.answers["str\nange"] = honest(4, 1)
+    run_federation(SETTINGS, federation, parts)
+    journal = registry.updates(registry.rounds(federation)[0], accepted_only=False)
+    (reason,) = [update.reason for update in journal if update.member == "evil"]
+    assert reason.startswith("failed: lost") and reason.isprintable() and len(reason) < 600
+    assert all(record.getMessage().isprintable() for record in caplog.records)
+    assert "str" in caplog.text
+
+
+def test_nodes_that_are_busy_are_said_where_the_quorum_is_missed(tmp_path: Path, opened: list[Registry]) -> None:
+    one = Scripted({"a1": honest(4, 1)})
+    one.busy_nodes = 3
+    registry, federation, parts = start(tmp_path, one, SETTINGS)
+    opened.append(registry)
+    with pytest.raises(UnavailableError, match="3 nodes are here, but busy"):
+        run_federation(SETTINGS, federation, parts)
+
+
+def test_a_coordinator_without_the_lease_journals_and_commits_nothing(
+    tmp_path: Path, four: Scripted, opened: list[Registry]
+) -> None:
+    registry, federation, parts = start(tmp_path, four, SETTINGS)
+    opened.append(registry)
+
+    def check() -> None:
+        if four.ordered:
+            raise UnavailableError("another coordinator runs it")
+
+    with pytest.raises(UnavailableError, match="another coordinator runs it"):
+        run_federation(SETTINGS, federation, replace(parts, check_lease=check))
+    (opened_round,) = registry.rounds(federation)
+    assert opened_round.state == "open" and registry.updates(opened_round) == []
+
+
+def test_a_round_that_another_coordinator_committed_is_said(
+    tmp_path: Path, four: Scripted, opened: list[Registry]
+) -> None:
+    registry, federation, parts = start(tmp_path, four, SETTINGS)
+    opened.append(registry)
+
+    class Overtaken(LocalReducer):
+        """While it reduces, another coordinator commits the same round with experts of its own."""
+
+        def reduce(self, rule: str, updates: Mapping[str, Weighted]) -> LoraAdapter:
+            (current,) = registry.rounds(federation)
+            weights = LoraAdapter(residual(four.ordered[0], 4, 3).modules, BASE)
+            report = {"assignment": {}, "members": {"shared": 4}}
+            registry.commit_round(current, [NewExpert("fleet-shared", weights, "exact", ())], report=report)
+            return super().reduce(rule, updates)
+
+    with pytest.raises(UnavailableError, match="another coordinator committed round 1 of operator/fleet"):
+        run_federation(SETTINGS, federation, replace(parts, reducer=Overtaken()))

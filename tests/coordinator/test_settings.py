@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,31 @@ def test_settings_survive_the_registry(tmp_path: Path) -> None:
         ("rounds = 5", "min_cluster_size = 1", "expected at least 2"),
         ("rounds = 5", "deadline_s = 0.0", "above 0"),
         ("rounds = 5", "rounds = ", "not TOML"),
+        ("steps = 7", "steps = 0", "training.steps is 0, expected at least 1"),
+        ("steps = 7", "steps = -3", "training.steps is -3"),
+        ("steps = 7", 'steps = "7"', r"\[training\]: steps is '7', expected a whole number"),
+        ("steps = 7", "steps = true", "steps is True, expected a whole number"),
+        ("steps = 7", f"steps = {2**63}", "expected a whole number of at most 64 bits"),
+        ("steps = 7", "batch_size = 0", "batch_size is 0"),
+        ("steps = 7", "sequence_length = 1", "sequence_length is 1"),
+        ("steps = 7", "rank = -1", "rank is -1, expected at least 0"),
+        ("steps = 7", 'learning_rate = "1e-2"', "learning_rate is '1e-2', expected a number"),
+        ("steps = 7", "learning_rate = 0.0", "learning_rate is 0.0"),
+        ("steps = 7", "learning_rate = nan", "learning_rate is nan"),
+        ("rounds = 5", "rounds = 2.5", "rounds is 2.5, expected a whole number"),
+        ("rounds = 5", 'evaluate_last = "no"', "evaluate_last is 'no', expected true or false"),
+        ("rounds = 5", "deadline_s = inf", "deadline_s is inf"),
+        ("rounds = 5", "rule = []", r"rule is \[\], expected a string"),
+        ("rounds = 5", "base = 5", "base is 5, expected a string"),
+        ('tenant = "operator"', "tenant = 5", "tenant is 5, expected a string"),
+        ("max_norm = 10.0", 'max_norm = "big"', "max_norm is 'big', expected a number"),
+        ("max_norm = 10.0", "max_norm = -1.0", "max_norm is -1.0"),
+        ("max_norm = 10.0", "max_rank = 0", "max_rank is 0"),
+        ("max_norm = 10.0", "max_examples = 0", "max_examples is 0"),
+        ('acme = "acme"', "acme = 5", r"\[members\]: acme is 5, expected the name of its tenant"),
+        ('acme = "acme"', '[members.acme]\ntenant = "acme"', r"\[members\]: acme is \{"),
+        ('registry = "sqlite:///x.db"', "registry = 5", "registry is 5, expected a string"),
+        ('registry = "sqlite:///x.db"', 'registry = "x.db"', "expected sqlite:///FILE"),
         ('blobs = "blobs"', "blobs = 1", "blobs is 1, expected a path"),
         ('superlink = "127.0.0.1:1"', "superlink = 8000", "superlink is 8000"),
         ('superlink = "127.0.0.1:1"', 'superlink = "10.0.0.1:1"', "expected root_certificates"),
@@ -77,6 +103,41 @@ def test_settings_survive_the_registry(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(tmp_path: Path, find: str, replacement: str, words: str) -> None:
     with pytest.raises(InvalidInputError, match=words):
         CoordinatorConfig.load(write(tmp_path, GOOD.replace(find, replacement)))
+
+
+@pytest.mark.parametrize("name", ["federation", "training", "policy", "coordinator", "members"])
+def test_a_table_is_a_table(tmp_path: Path, name: str) -> None:
+    text = re.sub(rf"\[{name}\]\n([^\[].*\n)*", "", GOOD)
+    with pytest.raises(InvalidInputError, match=rf"{name} is 5, expected a table \[{name}\]"):
+        CoordinatorConfig.load(write(tmp_path, f"{name} = 5\n{text}"))
+
+
+def test_a_file_in_another_encoding_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "federation.toml"
+    path.write_bytes("# Größe\n".encode("latin-1") + GOOD.encode())
+    with pytest.raises(InvalidInputError, match="is not TOML in UTF-8"):
+        CoordinatorConfig.load(path)
+
+
+def test_paths_are_relative_to_the_file_wherever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, GOOD.replace("rounds = 5", 'base = "bases/mine"'))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    config = CoordinatorConfig.load(Path("../federation.toml"))
+    assert config.registry == f"sqlite:///{tmp_path / 'x.db'}"
+    assert config.federation.base == str(tmp_path / "bases" / "mine")
+    assert config.blobs == tmp_path / "blobs"
+
+
+@pytest.mark.parametrize("url", ["sqlite:////var/lib/registry.db", "postgresql://fleet:secret@db.example.com/fleet"])
+def test_a_registry_that_does_not_depend_on_a_folder_stays_as_it_is_written(tmp_path: Path, url: str) -> None:
+    assert CoordinatorConfig.load(write(tmp_path, GOOD.replace("sqlite:///x.db", url))).registry == url
+
+
+def test_a_shipped_base_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    assert CoordinatorConfig.load(write(tmp_path, GOOD)).federation.base == "tiny"
 
 
 @pytest.mark.parametrize(("key", "known"), [("rule", "exact, fedit"), ("scheduler", "sync")])

@@ -169,8 +169,35 @@ def test_an_absurdly_large_update_is_rejected() -> None:
     assert caught.value.reason == "norm"
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_a_large_update_cannot_hide_in_columns_that_nearly_cancel(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for path, (d_out, d_in) in SHAPES.items():
+        row, column = torch.randn(1, d_in, generator=generator), torch.randn(d_out, 1, generator=generator)
+        a = torch.cat([row, row + 1e-4 * torch.randn(1, d_in, generator=generator)])
+        modules[path] = LoraPair(1e6 * a, 1e6 * torch.cat([column, -column], dim=1))
+    update = LoraAdapter(modules)
+    assert max(float(torch.linalg.matrix_norm(p.b.double() @ p.a.double())) for p in modules.values()) > 1e8
+    with pytest.raises(RejectedUpdateError, match="the update's norm is"):
+        check(update)
+
+
+def test_factors_that_cancel_to_nearly_nothing_are_rejected() -> None:
+    pair = LoraPair(1e6 * torch.ones(2, 32), 1e6 * torch.ones(24, 2) * torch.tensor([1.0, -1.0]))
+    with pytest.raises(RejectedUpdateError, match=r"‖A‖ ‖B‖ is 5.54e\+13"):
+        check(LoraAdapter({"model.q": pair}))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "low", None, True], ids=str)
 def test_metrics_that_are_no_numbers_are_rejected(value: object) -> None:
     with pytest.raises(RejectedUpdateError) as caught:
         check(metrics={"train_loss": value})
+    assert caught.value.reason == "metrics"
+
+
+@pytest.mark.parametrize("name", ["loss\n99", "\x1b[2J", "x" * 10_000])
+def test_metrics_whose_names_are_no_names_are_rejected(name: str) -> None:
+    with pytest.raises(RejectedUpdateError) as caught:
+        check(metrics={name: 1.0})
     assert caught.value.reason == "metrics"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -15,17 +16,21 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
+from sqlalchemy import make_url
 from tokenizers import Tokenizer
 
 from lorafleet.adapters import LoraAdapter, LoraPair
 from lorafleet.assets import base_path
+from lorafleet.coordinator.settings import CoordinatorConfig
 from lorafleet.coordinator.tree import LocalReducer, Weighted
 from lorafleet.demo import evaluate
+from lorafleet.demo.corpora import Corpora, Owner
 from lorafleet.demo.exactness import module_error, relative_error, sum_error, unevenly_weighted
-from lorafleet.demo.fleet import service_address
+from lorafleet.demo.fleet import federation_toml, service_address
 from lorafleet.demo.processes import MemoryMeter, Processes, wait_for_line, wait_for_port
 from lorafleet.demo.progress import Progress
 from lorafleet.demo.run import MARKER, prepare
+from lorafleet.demo.settings import DemoSettings
 from lorafleet.demo.traffic import random_mix
 from lorafleet.errors import AlreadyExistsError, UnavailableError
 from lorafleet.flower_commands import free_port
@@ -255,3 +260,79 @@ def test_memory_of_children_counts() -> None:
         during.sample()
         child.communicate(b"")
     assert during.peak_bytes - before.peak_bytes > 190 * 2**20
+
+
+def test_the_federations_file_says_what_the_settings_say_whatever_is_in_a_path(tmp_path: Path) -> None:
+    folder = tmp_path / 'a "quoted" \\back\\slash é'
+    settings = DemoSettings()
+    owner = Owner('o\'dd "name"', "sql", folder, 1, 1, {})
+    corpora = Corpora(folder, 7, (owner,), (), ())
+    url = f"sqlite:///{folder / 'registry.db'}"
+    text = federation_toml(settings, corpora, registry=url, blobs=folder / "blobs", ray="h:1", superlink="127.0.0.1:1")
+    path = tmp_path / "federation.toml"
+    path.write_text(text, encoding="utf-8")
+    config = CoordinatorConfig.load(path)
+    assert config.federation == settings.federation()
+    assert (config.blobs, config.members) == (folder / "blobs", {owner.name: owner.name})
+    assert make_url(config.registry).database == str(folder / "registry.db")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from lorafleet.demo.processes import Processes, wait_for_line
+processes = Processes(Path(sys.argv[1]))
+child = processes.start("child", [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"],
+                        environment=os.environ)
+wait_for_line(processes.log("child"), "up", child, "child")
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_demo_that_is_killed_leaves_no_children(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        gone, _ = psutil.wait_procs([child], timeout=20)
+    assert gone == [child]
+
+
+WORKERS = """
+import sys
+from pathlib import Path
+from lorafleet.demo.arms import Arms
+import os
+if __name__ == "__main__":
+    with Arms(None, None, Path(), workers=1) as arms:
+        print(arms._pool.submit(os.getpid).result(), flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.process
+def test_a_demo_that_is_killed_leaves_no_workers(tmp_path: Path) -> None:
+    script = tmp_path / "workers.py"
+    script.write_text(WORKERS)
+    with subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        gone, _ = psutil.wait_procs([worker], timeout=20)
+    assert gone == [worker]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_interrupted_demo_says_that_it_stops_before_its_parts_are_ended(terminal: bool) -> None:
+    text, order = io.StringIO(), list[bool]()
+    progress = Progress(Console(file=text, force_terminal=terminal, width=80), on_tick=lambda: None)
+    with pytest.raises(KeyboardInterrupt), progress, contextlib.ExitStack() as stack:
+        stack.callback(lambda: order.append("stopping" in text.getvalue()))
+        with progress.saying_when_stopped("stopping …"), progress.step("a round"):
+            raise KeyboardInterrupt
+    assert order == [terminal]
+    assert ("stopping …" in text.getvalue()) == terminal

@@ -149,3 +149,16 @@ def test_the_terminal_shows_every_domain_and_every_target() -> None:
     assert all(word in shown for word in ("cpp", "sql", "mean", *names))
     (missed,) = [line for line in shown.splitlines() if "✗ missed" in line]
     assert "gap base → oracle that routed closes" in missed
+
+
+def test_a_figure_that_is_no_number_is_null_in_json_and_shown_as_it_is(tmp_path: Path) -> None:
+    final = {**report.with_targets(figures(federated=float("nan"))), "odd": [(float("inf"),)]}
+    report.write(final, tmp_path)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    read = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert read["domains"]["cpp"]["federated"] is None and read["odd"] == [[None]]
+    assert read["domains"]["cpp"]["base"] == 3.0
+    assert "nan" in (tmp_path / "report.html").read_text(encoding="utf-8")

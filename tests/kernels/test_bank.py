@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorafleet.kernels import Bank, GroupSpec, ModuleSpec, Plan, Run
+from lorafleet.kernels import Bank, GroupSpec, ModuleSpec, Plan, Run, mixture_path
+from lorafleet.kernels.dense import library_multiplies_bfloat16
 
 GROUPS = (
     GroupSpec("qkv", 8, (ModuleSpec("q", 6), ModuleSpec("k", 4), ModuleSpec("v", 4))),
@@ -118,3 +119,27 @@ def test_row_gates_know_where_no_gate_is_closed() -> None:
     half = Plan([Run((("b", 2.0),), 1)], packing.keys).row_gates(layout)
     assert half.closed is not None
     assert half.closed.tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("weights", "exact"),
+    [((1.0, 0.5), True), ((255 / 64, 4.0), True), ((0.7,), False), ((257 / 64,), False), ((), True)],
+)
+def test_plan_knows_whether_bfloat16_holds_its_gates(weights: tuple[float, ...], exact: bool) -> None:
+    mix = tuple((f"a{index}", weight) for index, weight in enumerate(weights))
+    assert Plan([Run(mix, 1)], [key for key, _ in mix]).exact_in_bfloat16 is exact
+
+
+@pytest.mark.skipif(not library_multiplies_bfloat16(), reason="no bfloat16 in oneDNN on this processor")
+def test_library_forms_do_not_keep_the_plain_rows() -> None:
+    bank = Bank(GROUPS, dtype=torch.bfloat16)
+    for key in ("a", "b"):
+        bank.add(key, bank.pages({"q": (torch.ones(64, 8), torch.ones(6, 64))}))
+    packing = bank.pack(["a", "b"])
+    group = packing.groups["qkv"]
+    x, y = torch.ones(2, 8).bfloat16(), torch.zeros(2, 14).bfloat16()
+    mixture_path("dense")(y, x, group, Plan([Run((("a", 1.0), ("b", 0.5)), 2)], packing.keys))
+    assert y[0, 0] == 64 * 8 * 1.5
+    assert {"a_library"} <= set(vars(group))
+    assert "a" not in vars(group)
+    assert "b" not in vars(group.modules[0])

@@ -7,18 +7,29 @@ import torch
 from torch import Tensor
 
 from lorafleet.errors import UnknownNameError
-from lorafleet.kernels import PATHS, Bank, GroupSpec, MixturePath, ModuleSpec, PackedGroup, Plan, Run, mixture_path
+from lorafleet.kernels import (
+    PATHS,
+    Bank,
+    GroupSpec,
+    MixturePath,
+    ModuleSpec,
+    PackedGroup,
+    Plan,
+    Run,
+    mixture_path,
+    paths_on,
+)
 from tests.kernels.cases import CASES, Case, check_against_reference, step_of
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", paths_on("cpu"))
 def test_path_gives_what_the_reference_gives(path: str, case: Case) -> None:
     check_against_reference(PATHS[path], case)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 8, 15, 16, 17, 64, 255, 256])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", paths_on("cpu"))
 def test_path_is_right_at_every_rank(path: str, rank: int) -> None:
     case = Case(40, (24,), {"a": (rank,), "b": (3,)}, (Run((("a", 0.5), ("b", 1.5)), 2), Run((("b", 1.0),), 1)))
     check_against_reference(PATHS[path], case)
@@ -46,15 +57,15 @@ def product_of_sums(y: Tensor, x: Tensor, group: PackedGroup, plan: Plan) -> Non
     """Wrong on purpose: gates A and B sums apart, so that cross terms come in."""
     gates = plan.row_gates(group.layout).gates
     h = x @ group.a.T
-    for columns, rows, b in group.modules:
-        y[:, columns] += (h[:, rows] * gates[:, rows].square()) @ b
+    for module in group.modules:
+        y[:, module.columns] += (h[:, module.rows] * gates[:, module.rows].square()) @ module.b
 
 
 def forgets_the_last_row(y: Tensor, x: Tensor, group: PackedGroup, plan: Plan) -> None:
     """Wrong on purpose: one rank row short."""
     h = (x @ group.a.T) * plan.row_gates(group.layout).gates
-    for columns, rows, b in group.modules:
-        y[:, columns] += h[:, rows.start : rows.stop - 1] @ b[:-1]
+    for module in group.modules:
+        y[:, module.columns] += h[:, module.rows.start : module.rows.stop - 1] @ module.b[:-1]
 
 
 def writes_past_the_end(y: Tensor, x: Tensor, group: PackedGroup, plan: Plan) -> None:
@@ -71,7 +82,7 @@ def test_checker_catches_a_wrong_kernel(wrong: MixturePath) -> None:
         check_against_reference(wrong, CASES["mixed ranks and modules left alone"])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", paths_on("cpu"))
 def test_a_closed_gate_shuts_out_an_adapter_that_overflows(path: str) -> None:
     bank = Bank([GroupSpec("group", 4, (ModuleSpec("m0", 3),))])
     bank.add("good", bank.pages({"m0": (torch.ones(2, 4), torch.ones(3, 2))}))
@@ -85,30 +96,6 @@ def test_a_closed_gate_shuts_out_an_adapter_that_overflows(path: str) -> None:
     assert y[2].tolist() == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("weight", [0.25, 1.0, 8.0])
-def test_bfloat16_error_is_at_most_that_of_a_merged_model(path: str, weight: float) -> None:
-    """The contract: against float64, at most 1.5× the error of the same mixture merged into bfloat16 weights."""
-    generator = torch.Generator().manual_seed(3)
-    d_in, d_out, tokens = 256, 192, 64
-    w = (torch.randn(d_out, d_in, generator=generator) / d_in**0.5).bfloat16()
-    bank = Bank([GroupSpec("group", d_in, (ModuleSpec("m0", d_out),))])
-    merged = w.double()
-    for key, rank in (("a", 4), ("b", 32)):
-        a = torch.randn(rank, d_in, generator=generator) / d_in**0.5
-        b = torch.randn(d_out, rank, generator=generator) * 0.3
-        bank.add(key, bank.pages({"m0": (a, b)}))
-        merged += weight * (b.double() @ a.double())
-    x = torch.randn(tokens, d_in, generator=generator).bfloat16()
-    exact = x.double() @ merged.T
-    packing = bank.pack(["a", "b"])
-    y = x @ w.T
-    PATHS[path](y, x, packing.groups["group"], Plan([Run((("a", weight), ("b", weight)), tokens)], packing.keys))
-    error = (y.double() - exact).square().mean().sqrt()
-    merged_error = ((x @ merged.bfloat16().T).double() - exact).square().mean().sqrt()
-    assert error <= 1.5 * merged_error
-
-
 def test_an_unknown_path_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match="dense, reference"):
+    with pytest.raises(UnknownNameError, match=r"dense, .*reference"):
         mixture_path("sparse")

@@ -15,7 +15,7 @@ from lorafleet.errors import (
     NotFoundError,
     RejectedUpdateError,
 )
-from lorafleet.registry import Federation, Lineage, NewExpert, Registry, UpdateRecord
+from lorafleet.registry import Federation, Lease, Lineage, NewExpert, Registry, UpdateRecord
 from tests.registry.conftest import BASE_DIGEST, OTHER_BASE_DIGEST, Clock, make_adapter
 
 
@@ -299,3 +299,31 @@ def test_member_evaluates_a_version_once(registry: Registry, federation: Federat
     for loss, tokens in ((math.nan, 10), (math.inf, 10), (1.0, 0)):
         with pytest.raises(InvalidInputError, match="finite loss"):
             registry.record_evaluation(version, member="key-a", loss=loss, tokens=tokens)
+
+
+def test_a_lease_is_its_owners_until_it_expires(registry: Registry, federation: Federation, clock: Clock) -> None:
+    first = registry.take_lease(federation, "one", for_s=60.0)
+    assert first == Lease(federation.id, "one", 1000.0, 1060.0)
+    clock.now += 59.0
+    assert registry.take_lease(federation, "two", for_s=60.0) == first
+    assert registry.take_lease(federation, "one", for_s=60.0) == Lease(federation.id, "one", 1000.0, 1119.0)
+    clock.now = 1119.0
+    assert registry.take_lease(federation, "two", for_s=60.0) == Lease(federation.id, "two", 1119.0, 1179.0)
+    assert registry.take_lease(federation, "one", for_s=60.0).owner == "two"
+
+
+def test_a_lease_that_is_given_back_is_free_and_only_its_owner_can_give_it(
+    registry: Registry, federation: Federation
+) -> None:
+    registry.take_lease(federation, "one", for_s=60.0)
+    registry.release_lease(federation, "two")
+    assert registry.take_lease(federation, "two", for_s=60.0).owner == "one"
+    registry.release_lease(federation, "one")
+    registry.release_lease(federation, "one")
+    assert registry.take_lease(federation, "two", for_s=60.0).owner == "two"
+
+
+def test_each_federation_has_a_lease_of_its_own(registry: Registry, federation: Federation) -> None:
+    other = registry.create_federation("rival", "fed", base="tiny", settings={})
+    assert registry.take_lease(federation, "one", for_s=60.0).owner == "one"
+    assert registry.take_lease(other, "two", for_s=60.0).owner == "two"

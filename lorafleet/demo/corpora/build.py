@@ -81,7 +81,7 @@ class Corpora:
         path = folder / "corpora.json"
         if not path.is_file():
             raise NotFoundError(f"{path} is missing: build the corpora there first")
-        said = json.loads(path.read_text())
+        said = json.loads(path.read_text(encoding="utf-8"))
         return cls(
             folder,
             said["seed"],
@@ -216,4 +216,4 @@ def _write_json(folder: Path, corpora: Corpora) -> None:
         "domains": [relative(asdict(domain)) for domain in corpora.domains],
         "files": [asdict(file) for file in corpora.files],
     }
-    (folder / "corpora.json").write_text(json.dumps(said, indent=1) + "\n")
+    (folder / "corpora.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")

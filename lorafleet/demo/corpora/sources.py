@@ -63,7 +63,7 @@ def base_corpus_digests() -> frozenset[str]:
     path = SHIPPED_BASES["tiny"] / "corpus.json"
     if not path.is_file():
         raise NotFoundError(f"{path} is missing: reinstall lorafleet")
-    return frozenset(json.loads(path.read_text())["files"].values())
+    return frozenset(json.loads(path.read_text(encoding="utf-8"))["files"].values())
 
 
 def is_cpp(name: str) -> bool:

@@ -1,0 +1,1 @@
+"""Benchmarks against peers and floors; records go to ``benchmarks/results/``."""

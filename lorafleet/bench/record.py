@@ -1,0 +1,92 @@
+"""The record of a run: one JSON document, kept in a file for the day, the shape and the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lorafleet.bench.floor import Work
+from lorafleet.bench.machine import Commit
+from lorafleet.bench.results import RowResult, all_figures, decode_s, floors, ratios
+from lorafleet.bench.shapes import Shape
+from lorafleet.errors import InvalidInputError
+
+FORMAT = 1
+
+
+def make_record(
+    *,
+    when: datetime,
+    command: Sequence[str],
+    shape: Shape,
+    device: Mapping[str, Any],
+    versions: Mapping[str, str],
+    commit: Commit,
+    repeats: int,
+    checks: Mapping[str, str | None],
+    results: Sequence[RowResult],
+    works: Mapping[str, Work],
+) -> dict[str, Any]:
+    """All that is known of a run; ``checks``: kind of request → what was wrong, None where nothing was."""
+    found = all_figures(results)
+    fields = asdict(shape)
+    load = fields.pop("load")
+    return {
+        "format": FORMAT,
+        "benchmark": "engine",
+        "date": when.isoformat(timespec="seconds"),
+        "command": " ".join(command),
+        "commit": commit.id,
+        "commit_modified": commit.modified,
+        "device": dict(device),
+        "versions": dict(versions),
+        "shape": fields,
+        "load": load,
+        "repeats": repeats,
+        "checks": dict(checks),
+        "rows": [
+            {
+                "name": result.row.name,
+                "kind": result.row.kind,
+                "status": result.status,
+                "reason": result.reason,
+                "repeats": [{**t._asdict(), "decode_s": decode_s(t)} for t in result.timings],
+                "median": found[result.row.name]._asdict() if result.row.name in found else None,
+            }
+            for result in results
+        ],
+        "ratios": [ratio._asdict() for ratio in ratios(found)],
+        "floors": {
+            name: {**floor._asdict(), "work": floor.work._asdict()} for name, floor in floors(found, works).items()
+        },
+    }
+
+
+def file_name(record: Mapping[str, Any]) -> str:
+    """DATE-SHAPE-DEVICE.json"""
+    return f"{record['date'][:10]}-{record['shape']['name']}-{record['device']['kind']}.json"
+
+
+def append(record: Mapping[str, Any], folder: Path) -> Path:
+    """Add a record to the list in its file, which is made where it is new; the file that it is in.
+
+    Raises InvalidInputError where the file holds something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / file_name(record)
+    records: Any = []
+    if file.exists():
+        try:
+            records = json.loads(file.read_text())
+        except ValueError:
+            records = None
+        if not isinstance(records, list):
+            raise InvalidInputError(f"{file} is no list of records, expected one to append to; move it away")
+    part = file.with_suffix(".json.part")
+    part.write_text(json.dumps([*records, record], indent=1, ensure_ascii=False) + "\n")
+    part.replace(file)
+    return file

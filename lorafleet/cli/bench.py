@@ -1,0 +1,143 @@
+"""``lorafleet bench …``: measurements of this machine, beside peers and floors."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafleet.cli.output import JsonFlag, print_json, print_table
+
+app = typer.Typer(help="Measure speed on this machine, against peers and the floor.", no_args_is_help=True)
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@app.command()
+def engine(
+    shape: Annotated[str, typer.Option(metavar="S|M|8B|tiny", help="The base's size, with random weights.")],
+    rows: Annotated[
+        str | None, typer.Option(metavar="ROW,ROW", help="Only these rows of the table. (default: all)")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each row is run; figures are medians.")] = 3,
+    device: Annotated[Device, typer.Option(help="Where all rows run.")] = Device.cpu,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each row. (default: every core)")] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The Python of an environment with vLLM, for its rows.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the random weights here. (default: a temporary folder)")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the record is appended.")] = Path(
+        "benchmarks/results"
+    ),
+    json: JsonFlag = False,
+) -> None:
+    """Time the engine's generation beside transformers', peft's and vLLM's, each row in a process of its own.
+
+    A row whose correctness check is red is refused, and the command exits with 1. Prints a table and appends a record.
+    """
+    from contextlib import ExitStack
+    from datetime import UTC, datetime
+    from tempfile import TemporaryDirectory
+
+    from lorafleet.bench.engine import bench_engine
+    from lorafleet.bench.machine import cores
+    from lorafleet.bench.rows import select
+    from lorafleet.bench.run import Settings
+    from lorafleet.bench.shapes import get_shape
+    from lorafleet.bench.table import COLUMNS, lines, notes
+
+    if vllm_python is not None and not vllm_python.is_file():
+        raise typer.BadParameter(f"--vllm-python: found no file at {vllm_python}, expected a Python that has vLLM")
+    asked = None if rows is None else [name.strip() for name in rows.split(",") if name.strip()]
+    found, selection = get_shape(shape), select(asked, vllm=vllm_python is not None)
+    with ExitStack() as stack:
+        # Leave through the clean-up, so that no row's process and no weights stay behind.
+        before = signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
+        stack.callback(signal.signal, signal.SIGTERM, before)
+        if work is None:
+            work = Path(stack.enter_context(TemporaryDirectory(prefix="lorafleet-bench-weights-")))
+        benchmark = bench_engine(
+            Settings(
+                shape=found,
+                selection=selection,
+                repeats=repeats,
+                device=device.value,
+                threads=threads or cores(),
+                work=work.absolute(),
+            ),
+            asked=asked,
+            # Not resolved: the link in an environment is what makes Python find that environment.
+            vllm_python=vllm_python.absolute() if vllm_python is not None else None,
+            out=out,
+            when=datetime.now(UTC),
+            say=_say,
+        )
+    if json:
+        print_json(benchmark.record)
+    else:
+        print_table(COLUMNS, lines(benchmark.record))
+        for note in notes(benchmark.record):
+            typer.echo(note)
+        typer.echo(f"record: {benchmark.file}")
+    if not benchmark.complete:
+        raise typer.Exit(1)
+
+
+@app.command()
+def kernels(
+    device: Annotated[Device, typer.Option(help="Where the kernels run.")] = Device.cpu,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. (default: every core)")] = None,
+    fit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Fit a cost model to the measurements, and write it here.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Time every kernel path on workloads of many kinds, and say how far each is from the fastest.
+
+    A path whose result is not the reference's is not timed: the command ends with an error.
+    """
+    from datetime import UTC, datetime
+
+    import torch
+
+    from lorafleet.bench.kernels import all_workloads, bench_kernels, summarise
+    from lorafleet.bench.machine import cores, this_cpu
+    from lorafleet.kernels.cost_model import fit as fit_model
+    from lorafleet.kernels.dispatch import DEFAULT_MODEL
+
+    if fit is not None and not fit.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--fit: found no folder {fit.absolute().parent}, expected one to write to")
+    torch.set_num_threads(threads or cores())
+    measurements = list(bench_kernels(all_workloads(), device=device.value))
+    model = DEFAULT_MODEL if device is Device.cpu else None
+    if fit is not None:
+        about = {
+            "processor": torch.cuda.get_device_name() if device is Device.cuda else this_cpu(),
+            "threads": str(torch.get_num_threads()),
+            "torch": torch.__version__,
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        model = fit_model(measurements, device=device.value, about=about)
+        model.save(fit)
+    found = summarise(measurements, model=model)
+    if json:
+        print_json({"paths": [p._asdict() for p in found], "measurements": [m._asdict() for m in measurements]})
+    else:
+        print_table(
+            ["dtype", "path", "fastest in", ": fastest", "at worst"],
+            [(p.dtype, p.path, f"{p.fastest} of {p.workloads}", p.mean_ratio, p.worst_ratio) for p in found],
+        )
+
+
+def _say(step: str) -> None:
+    if sys.stderr.isatty():
+        typer.echo(step, err=True)

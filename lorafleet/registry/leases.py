@@ -1,0 +1,42 @@
+"""Leases on federations. Functions of a session; :class:`Registry` owns the transaction.
+
+After Gray and Cheriton 1989: a right that ends by itself, so that a holder that is gone keeps it for a bounded time.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from lorafleet.registry import federations
+from lorafleet.registry.records import Federation, Lease
+from lorafleet.registry.tables import LeaseRow
+
+
+def take(session: Session, federation: Federation, owner: str, for_s: float, now: float) -> Lease:
+    """The lease as it stands afterwards: the owner's, where it was free, had expired, or was the owner's before."""
+    parent = federations.lock(session, federation.id)
+    row = _find(session, federation)
+    if row is None:
+        row = LeaseRow(
+            federation_id=parent.id, tenant_id=parent.tenant_id, owner=owner, taken_at=now, expires_at=now + for_s
+        )
+        session.add(row)
+    elif row.owner == owner:
+        row.expires_at = now + for_s
+    elif row.expires_at <= now:
+        row.owner, row.taken_at, row.expires_at = owner, now, now + for_s
+    session.flush()
+    return Lease(row.federation_id, row.owner, row.taken_at, row.expires_at)
+
+
+def release(session: Session, federation: Federation, owner: str) -> None:
+    federations.lock(session, federation.id)
+    row = _find(session, federation)
+    if row is not None and row.owner == owner:
+        session.delete(row)
+
+
+def _find(session: Session, federation: Federation) -> LeaseRow | None:
+    statement = select(LeaseRow).where(LeaseRow.federation_id == federation.id)
+    return session.scalar(statement.execution_options(populate_existing=True))

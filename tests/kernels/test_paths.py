@@ -16,6 +16,7 @@ from lorafleet.kernels import (
     PackedGroup,
     Plan,
     Run,
+    TokenRoute,
     mixture_path,
     paths_on,
 )
@@ -80,6 +81,22 @@ def writes_past_the_end(y: Tensor, x: Tensor, group: PackedGroup, plan: Plan) ->
 def test_checker_catches_a_wrong_kernel(wrong: MixturePath) -> None:
     with pytest.raises(AssertionError):
         check_against_reference(wrong, CASES["mixed ranks and modules left alone"])
+
+
+def routes_among_all(y: Tensor, x: Tensor, group: PackedGroup, plan: Plan) -> None:
+    """Wrong on purpose: lets every active adapter compete, whatever the route allows."""
+    runs = [
+        run._replace(mix=TokenRoute(plan.active, run.mix.top_k, run.mix.temperature))
+        if isinstance(run.mix, TokenRoute)
+        else run
+        for run in plan.runs
+    ]
+    PATHS["dense"](y, x, group, Plan(runs, plan.active))
+
+
+def test_checker_catches_a_route_without_its_mask() -> None:
+    with pytest.raises(AssertionError):
+        check_against_reference(routes_among_all, CASES["routed tokens"])
 
 
 @pytest.mark.parametrize("path", paths_on("cpu"))

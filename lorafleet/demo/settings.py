@@ -22,8 +22,8 @@ class DemoSettings:
     rounds: int = 3
     expert_rank: int = 64
     """Twice the largest member's: at 32 the last round's truncation took a fifth of an expert's norm."""
-    at_once: int = 3
-    """Members that train at the same time: more than cores, as each waits for Flower in between."""
+    at_once: int = 2
+    """Members that train at the same time, each with 0.1 GB more than at rest: as many as a small machine has cores."""
     training: Training = field(default_factory=lambda: Training(steps=20, batch_size=4))
     windows: int = 12
     """Held-out windows a domain."""

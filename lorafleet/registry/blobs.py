@@ -77,7 +77,8 @@ class BlobStore:
         try:
             stored = LoraAdapter.load(path)
             # A copy: what was loaded may be a mapping of the file, and what is checked must be what is returned.
-            adapter = LoraAdapter({name: LoraPair(a.clone(), b.clone()) for name, (a, b) in stored.modules.items()})
+            pairs = {name: LoraPair(a.clone(), b.clone()) for name, (a, b) in stored.modules.items()}
+            adapter = LoraAdapter(pairs, gates={name: gate.clone() for name, gate in stored.gates.items()})
         except (InvalidInputError, NotFoundError, OSError) as error:
             raise UnavailableError(f"the weights {digest} are damaged ({error}); restore them from a backup") from error
         if adapter.digest != digest:
@@ -90,7 +91,7 @@ class BlobStore:
     def _write(self, adapter: LoraAdapter, target: Path) -> None:
         temporary = Path(tempfile.mkdtemp(dir=self._incoming))  # 0700
         try:
-            LoraAdapter(adapter.modules).save(temporary)
+            LoraAdapter(adapter.modules, gates=adapter.gates).save(temporary)
             for file in temporary.iterdir():
                 _sync(file)
             _sync(temporary)

@@ -160,7 +160,7 @@ class Registry:
     def load(self, version: Version) -> LoraAdapter:
         """A version's weights, verified against its digest, with the base's digest as their ``base``."""
         weights = self._blobs.read(version.digest)
-        return LoraAdapter(weights.modules, version.base_digest)
+        return LoraAdapter(weights.modules, version.base_digest, gates=weights.gates)
 
     def path(self, version: Version) -> Path:
         """The folder of a version's weights in PEFT format, verified; not to be changed, as others may share it."""

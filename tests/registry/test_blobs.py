@@ -46,6 +46,16 @@ def test_adapter_is_read_back_by_its_digest(folder: Path) -> None:
     assert files(folder) == ["incoming.lock", f"{home}/adapter_config.json", f"{home}/adapter_model.safetensors"]
 
 
+def test_gates_of_an_adapter_are_kept_and_checked(folder: Path) -> None:
+    plain = make_adapter(0, rank=4)
+    path = next(iter(plain.modules))
+    adapter = LoraAdapter(plain.modules, gates={path: torch.arange(plain.modules[path].a.shape[1]) / 7})
+    blobs = BlobStore(folder)
+    digest = blobs.put(adapter)
+    assert digest != blobs.put(plain)
+    assert torch.equal(blobs.read(digest).gates[path], adapter.gates[path])
+
+
 def test_folders_are_private(folder: Path) -> None:
     blobs = BlobStore(folder / "blobs")
     path = blobs.path(blobs.put(make_adapter(0)))

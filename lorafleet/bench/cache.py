@@ -6,10 +6,13 @@ from pathlib import Path
 
 from lorafleet.bench.shapes import Shape
 
+VERSION = 1
+"""To be raised where ``weights.py`` makes other weights for the same shape, so that older ones are not taken."""
+
 
 def folder_of(work: Path, shape: Shape) -> Path:
     """All that belongs to one shape."""
-    return work / shape.key
+    return work / f"{shape.key}-v{VERSION}"
 
 
 def base_folder(work: Path, shape: Shape) -> Path:

@@ -92,12 +92,20 @@ def join_federation(
                 me = load_member(member, rank=rank, split=split, base=folder, device=device, dtype=dtype)
 
                 def carry_out(order: HandedOrder) -> Sections:
+                    def check() -> None:
+                        _stop_if_asked()
+                        order.check()
+
                     try:
-                        return answer(me, order.sections, check=order.check, received_s=order.received_s)
+                        return answer(me, order.sections, check=check, received_s=order.received_s)
                     finally:
                         give_back(device)
 
-                serve(orders, carry_out, alive=lambda: child.poll() is None)
+                def alive() -> bool:
+                    _stop_if_asked()
+                    return child.poll() is None
+
+                serve(orders, carry_out, alive=alive)
                 raise UnavailableError(f"the SuperNode ended with code {child.returncode}; its output above says why")
     except KeyboardInterrupt:
         # Where it struck below an exec of a string, as when a dataclass is made, CPython has noted it as unhandled and
@@ -108,6 +116,16 @@ def join_federation(
 
 join = join_federation
 """The name that it has in its own module; the package cannot export it, as this module's name is taken there."""
+
+
+def _stop_if_asked() -> None:
+    """Raises KeyboardInterrupt, once more, where a request to stop has come.
+
+    The first one can get lost: Python ignores what is raised in a destructor, or in what C code calls back. From a
+    request on, :func:`interruptible` has the signals ignored.
+    """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        raise KeyboardInterrupt
 
 
 def _check_certificates(file: str | Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import torch
 
 from lorafleet.adapters import LoraAdapter
 from lorafleet.engine.kv_pages import PAGE_TOKENS, KvPages, pages_for
-from lorafleet.engine.memory import kv_pages
+from lorafleet.engine.memory import default_adapter_bytes, default_host_bytes, kv_pages
 from lorafleet.engine.mixture_linear import MixtureContext
 from lorafleet.engine.model import LoadedBase, as_device, as_dtype, load_base
 from lorafleet.engine.page_allocator import PageAllocator
@@ -25,6 +25,7 @@ from lorafleet.engine.runner import ModelRunner, Outcome
 from lorafleet.engine.sampling import SamplingParams
 from lorafleet.engine.scheduler import ScheduledRun, Scheduler
 from lorafleet.engine.ticket import Ticket
+from lorafleet.engine.tiers import Read, Tiers
 from lorafleet.errors import InvalidInputError
 from lorafleet.kernels import Bank, mixture_path
 
@@ -53,6 +54,19 @@ class EngineStats:
     adapter_packings_total: int
     """how often the active adapters' rows were copied together"""
     adapters_loaded: int
+    """names"""
+    adapters_on_device: int
+    """versions; each is counted once, where it is nearest to the device"""
+    adapters_on_host: int
+    adapters_on_disk: int
+    adapter_device_bytes: int
+    adapter_host_bytes: int
+    adapter_loads_total: int
+    """how often an adapter was put on the device"""
+    adapter_evictions_total: int
+    """how often one left the device for another"""
+    adapter_disk_reads_total: int
+    """how often one was read again from its folder"""
 
 
 class Engine:
@@ -71,6 +85,9 @@ class Engine:
         max_batch_tokens: int,
         pages: int,
         kept_pages: int,
+        adapter_bytes: int,
+        host_bytes: int,
+        read: Read,
     ) -> None:
         """Use :meth:`load`."""
         self._base = base
@@ -82,20 +99,36 @@ class Engine:
             device=device,
             dtype=base.dtype,
         )
-        self._residency = Residency(base, Bank(base.groups, device=device, dtype=base.dtype))
+        tiers = Tiers(
+            Bank(base.groups, device=device, dtype=base.dtype),
+            device_bytes=adapter_bytes,
+            host_bytes=host_bytes,
+            read=read,
+            changed=self._adapters_changed,
+        )
+        self._residency = Residency(base, tiers)
         self._runner = ModelRunner(base, cache=cache, residency=self._residency, context=context, device=device)
         self._pages = PageAllocator(pages)
         prefixes: Prefixes = SharedPrefixes(self._pages)
         if device.type == "cpu":
             prefixes = CopiedPrefixes(self._pages, kept=kept_pages, copy=cache.copy)
         self._scheduler = Scheduler(
-            self._pages, prefixes, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens, clear=cache.clear
+            self._pages,
+            prefixes,
+            max_sequences=max_sequences,
+            max_batch_tokens=max_batch_tokens,
+            claim=self._residency.claim,
+            unclaim=self._residency.unclaim,
+            expect=self._residency.expect,
+            clear=cache.clear,
         )
         self._tickets: dict[Request, Ticket] = {}
         self._cancelled: set[Ticket] = set()
         self._finished_total = self._failed_total = 0
         self._prompt_tokens_total = self._generated_tokens_total = self._steps_total = 0
-        # _lock guards all of the above but the runner; _step_lock makes steps one at a time. Order: step, then lock.
+        self._stalled = False  # nothing runs, and all that waits waits for an adapter that is being loaded
+        # _lock guards all of the above but the runner and the residency, which has its own; _step_lock makes steps one
+        # at a time. Order: step, then lock, then the residency's.
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._step_lock = threading.Lock()
@@ -112,18 +145,27 @@ class Engine:
         max_sequences: int = 64,
         max_batch_tokens: int = 1024,
         kv_tokens: int | None = None,
+        adapter_bytes: int | None = None,
+        host_bytes: int | None = None,
+        read: Read = LoraAdapter.load,
     ) -> Engine:
         """Load a base (the name of a shipped one, or a folder in HF format).
 
         ``max_sequences`` run at a time, others wait; a step computes at most ``max_batch_tokens`` tokens. Keys and
         values of ``kv_tokens`` tokens are kept, by default as many as the device's free memory allows; more load than
-        that waits. Raises NotFoundError where the base is missing, InvalidInputError where it is not supported.
+        that waits. At most ``adapter_bytes`` of adapters' rows are on the device and ``host_bytes`` in host memory, by
+        default shares of what is free; ``read`` reads an adapter's folder. Raises NotFoundError where the base is
+        missing, InvalidInputError where it is not supported.
         """
         if not 1 <= max_sequences <= max_batch_tokens:
             raise InvalidInputError(
                 f"found max_sequences {max_sequences} and max_batch_tokens {max_batch_tokens}, expected at least one "
                 "sequence and at least as many tokens as sequences, so that all of them can go on in every step"
             )
+        if adapter_bytes is not None and adapter_bytes < 1:
+            raise InvalidInputError(f"found adapter_bytes {adapter_bytes}, expected at least 1")
+        if host_bytes is not None and host_bytes < 0:
+            raise InvalidInputError(f"found host_bytes {host_bytes}, expected at least 0")
         on, as_type = as_device(device), as_dtype(dtype)
         context = MixtureContext(mixture_path())
         loaded = load_base(base, device=on, dtype=as_type, context=context)
@@ -141,6 +183,12 @@ class Engine:
             "%s: keys and values of %d tokens in %.0f MB, up to %d sequences",
             loaded.name, pages * PAGE_TOKENS, pages * page_bytes / 1e6, max_sequences,
         )  # fmt: skip
+        adapter_bytes = default_adapter_bytes(on) if adapter_bytes is None else adapter_bytes
+        host_bytes = default_host_bytes() if host_bytes is None else host_bytes
+        logger.info(
+            "%s: room for %.0f MB of adapters on %s, for %.0f MB in host memory",
+            loaded.name, adapter_bytes / 1e6, on, host_bytes / 1e6,
+        )  # fmt: skip
         return cls(
             loaded,
             context=context,
@@ -149,6 +197,9 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             pages=pages,
             kept_pages=pages // 4 if on.type == "cpu" else 0,
+            adapter_bytes=adapter_bytes,
+            host_bytes=host_bytes,
+            read=read,
         )
 
     @property
@@ -165,14 +216,18 @@ class Engine:
         """The longest prompt; a generated token sees at most this many tokens."""
         return min(self._base.context_tokens, self._pages.pages * PAGE_TOKENS)
 
-    def add_adapter(self, name: str, adapter: str | Path | LoraAdapter) -> str:
+    def add_adapter(self, name: str, adapter: str | Path | LoraAdapter, *, pinned: bool = False) -> str:
         """Load an adapter (or a folder in PEFT format) under a name; returns its digest.
 
+        It is kept in host memory and brought to the device for the requests that need it; a ``pinned`` one stays there.
+        One that came from a folder may leave host memory, too, and is read again: the folder has to stay as it is
+        while the name means it.
+
         A name that is taken then means the new version; requests in flight finish on the one that they started with.
-        Raises BaseMismatchError where it does not belong to this base, AdapterFormatError for a folder that is not
-        understood.
+        Raises BaseMismatchError where it does not belong to this base, NotFoundError or AdapterFormatError for a folder
+        that is missing or not understood, OverloadedError where there is no room for one that has to stay in memory.
         """
-        return self._residency.add(name, adapter if isinstance(adapter, LoraAdapter) else LoraAdapter.load(adapter))
+        return self._residency.add(name, adapter, pinned=pinned)
 
     def remove_adapter(self, name: str) -> None:
         """Forget a name (NotFoundError if there is none); requests in flight keep their weights until they end."""
@@ -196,7 +251,8 @@ class Engine:
         others from measuring what it has asked.
 
         Raises InvalidInputError for a prompt that is empty, longer than the context or holds unknown ids, or for a
-        weight out of range; NotFoundError for an adapter that is not loaded.
+        weight out of range, or for a mix that the device has no room for; NotFoundError for an adapter that is not
+        loaded. The result raises UnavailableError where an adapter cannot be read again from its folder.
         """
         sampling = sampling or SamplingParams()
         sampling.check_vocabulary(self._base.vocabulary)
@@ -214,7 +270,7 @@ class Engine:
             self._tickets[request] = ticket
             if request.pending > 0:
                 self._scheduler.add(request)
-                self._work.notify()
+                self._wake()
         if request.pending == 0:  # one token to score, and no token before it
             self._finish(request, "length")
         return ticket
@@ -255,12 +311,13 @@ class Engine:
                 self._stopping = False
                 self._thread = threading.Thread(target=self._run, name="lorafleet-engine", daemon=True)
                 self._thread.start()
+                self._work.notify_all()
 
     def stop(self) -> None:
-        """End the stepping thread after the step that runs, and cancel every request that is not done."""
+        """End the threads after the step and the loads that run, and cancel every request that is not done."""
         with self._lock:
             thread, self._stopping = self._thread, True
-            self._work.notify_all()
+            self._wake()
         if thread is not None:
             thread.join()
         with self._step_lock:
@@ -269,6 +326,8 @@ class Engine:
                 left = self._scheduler.requests()
             for request in left:
                 self._finish(request, "cancelled")
+        self._residency.stop()
+        self._adapters_changed()  # for those whose load was dropped before it began
 
     def __enter__(self) -> Engine:
         self.start()
@@ -280,6 +339,7 @@ class Engine:
         self.stop()
 
     def stats(self) -> EngineStats:
+        tiers = self._residency.stats()
         with self._lock:
             return EngineStats(
                 requests_running=self._scheduler.running,
@@ -295,6 +355,14 @@ class Engine:
                 steps_total=self._steps_total,
                 adapter_packings_total=self._residency.packings_total,
                 adapters_loaded=len(self._residency.adapters()),
+                adapters_on_device=tiers.on_device,
+                adapters_on_host=tiers.on_host,
+                adapters_on_disk=tiers.on_disk,
+                adapter_device_bytes=tiers.device_bytes,
+                adapter_host_bytes=tiers.host_bytes,
+                adapter_loads_total=tiers.loads_total,
+                adapter_evictions_total=tiers.evictions_total,
+                adapter_disk_reads_total=tiers.disk_reads_total,
             )
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -323,13 +391,26 @@ class Engine:
         with self._lock:
             if not ticket.done:
                 self._cancelled.add(ticket)
-                self._work.notify()
+                self._wake()
+
+    def _adapters_changed(self) -> None:
+        with self._lock:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._stalled = False
+        self._work.notify_all()
 
     def _run(self) -> None:
         while True:
             with self._lock:
                 self._work.wait_for(
-                    lambda: self._stopping or self._scheduler.running or self._scheduler.waiting or self._cancelled
+                    lambda: (
+                        self._stopping
+                        or self._scheduler.running
+                        or (self._scheduler.waiting and not self._stalled)
+                        or self._cancelled
+                    )
                 )
                 if self._stopping:
                     return
@@ -343,11 +424,13 @@ class Engine:
                     for request in left:
                         self._fail(request, error)
 
-    def _advance(self) -> bool:
+    def _advance(self, ready: Callable[[], bool], timeout_s: float | None) -> bool:
         if self._thread is not None:
             return False
         with self._step_lock:
             self._step()
+        with self._lock:
+            self._work.wait_for(lambda: not self._stalled or ready(), timeout_s)
         return True
 
     @torch.inference_mode()
@@ -360,9 +443,19 @@ class Engine:
                 self._cancelled.clear()
         for request in gone:
             self._finish(request, "cancelled")
+        unloadable: dict[Request, Exception] = {}
+        with self._lock:
+            failed = self._residency.take_failed()
+            for request in self._scheduler.waiting_for(failed) if failed else ():
+                self._scheduler.remove(request)  # at once, lest its adapter be read again for it
+                unloadable[request] = next(failed[digest] for digest in request.mix.held if digest in failed)
+        for request, error in unloadable.items():
+            self._fail(request, error)
         with self._lock:
             runs = self._scheduler.schedule()
             self._steps_total += bool(runs)
+            # A load that ends from here on wakes whoever waits; where none is under way there is nothing to wait for.
+            self._stalled = not runs and self._scheduler.waiting > 0 and self._residency.loading
         if runs:
             self._compute(runs)
 

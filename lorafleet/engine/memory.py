@@ -1,4 +1,4 @@
-"""How much memory the engine may take for keys and values."""
+"""How much memory the engine may take for keys and values, and for adapters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 
-# Of what is free once the base is loaded. On a CPU the rest of the machine lives there, too.
-KV_SHARE = {"cpu": 0.4, "cuda": 0.8}
+# Of what is free once the base is loaded. On a CPU the rest of the machine lives there, too; on a GPU the rows that a
+# step uses may be copied together, which takes up to the adapters' share once more.
+KV_SHARE = {"cpu": 0.4, "cuda": 0.7}
+ADAPTER_SHARE = {"cpu": 0.15, "cuda": 0.1}
+HOST_SHARE = 0.2
 
 
 def free_bytes(device: torch.device) -> int:
@@ -38,3 +41,13 @@ def _cgroup_free_bytes() -> int | None:
 def kv_pages(*, page_bytes: int, most_pages: int, device: torch.device) -> int:
     """As many pages as the device's free memory allows, at most ``most_pages``; at least one."""
     return max(1, min(most_pages, int(free_bytes(device) * KV_SHARE[device.type]) // page_bytes))
+
+
+def default_adapter_bytes(device: torch.device) -> int:
+    """Room for adapters' rows on the device."""
+    return max(1, int(free_bytes(device) * ADAPTER_SHARE[device.type]))
+
+
+def default_host_bytes() -> int:
+    """Room for adapters' rows in host memory."""
+    return int(free_bytes(torch.device("cpu")) * HOST_SHARE)

@@ -1,58 +1,72 @@
 """Which adapters are loaded, under which names, and for how long their weights must stay.
 
 A name points at a digest; requests hold digests. So a name can be moved to a new version, or removed, while requests
-finish on the version that they started with. Weights leave when no name and no request needs them.
+finish on the version that they started with. Weights leave when no name and no request needs them; where they are
+until then is for :mod:`lorafleet.engine.tiers` to say.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 from lorafleet.adapters import LoraAdapter
 from lorafleet.engine.model import LoadedBase
-from lorafleet.engine.request import ResolvedMix, TokenMix
-from lorafleet.errors import BaseMismatchError, InvalidInputError, NotFoundError
-from lorafleet.kernels import Bank, Packing, TokenRoute
+from lorafleet.engine.request import Request, ResolvedMix, TokenMix
+from lorafleet.engine.tiers import Claim, Tiers, TierStats
+from lorafleet.errors import BaseMismatchError, InvalidInputError, LorafleetError, NotFoundError
+from lorafleet.kernels import Packing, TokenRoute
 
 MAX_WEIGHT = 8.0
 
 
-class Residency:
-    """Thread-safe."""
+class _Named(NamedTuple):
+    """What a name means, and how it came."""
 
-    def __init__(self, base: LoadedBase, bank: Bank) -> None:
-        self._base, self._bank = base, bank
-        self._adapted = {module.path for group in bank.groups for module in group.modules}
-        self._digests: dict[str, str] = {}
-        self._holders: Counter[str] = Counter()  # digest → names and requests that need it
+    digest: str
+    source: Path | None
+    """the folder that it came from; None for an object"""
+    pinned: bool
+
+
+class Residency:
+    """Thread-safe. Its lock guards the names; order: the engine's lock, this one, that of the tiers."""
+
+    def __init__(self, base: LoadedBase, tiers: Tiers) -> None:
+        self._base, self._tiers = base, tiers
+        self._adapted = {module.path for group in base.groups for module in group.modules}
+        self._names: dict[str, _Named] = {}
         self._lock = threading.Lock()
 
-    def add(self, name: str, adapter: LoraAdapter) -> str:
-        """Load an adapter under a name, in place of what the name meant; returns its digest.
+    def add(self, name: str, adapter: str | Path | LoraAdapter, *, pinned: bool = False) -> str:
+        """Load an adapter, or one from a folder, under a name, in place of what the name meant; returns its digest.
 
-        Raises BaseMismatchError where adapter and base do not belong together, InvalidInputError for an empty name
-        or an adapted module that the engine does not serve. Nothing changes then.
+        Raises what reading the folder raises; BaseMismatchError where adapter and base do not belong together,
+        InvalidInputError for an empty name or an adapted module that the engine does not serve, OverloadedError where
+        there is no room for one that has to stay. Nothing changes then.
         """
         if not isinstance(name, str) or not name:
             raise InvalidInputError(f"found {name!r} as an adapter's name, expected a text that is not empty")
+        source = None
+        if not isinstance(adapter, LoraAdapter):
+            source = Path(adapter).absolute()
+            adapter = self._tiers.read(source)
         self._check(adapter)
         digest = adapter.digest
         # The slow part, without the lock: steps go on meanwhile.
-        factors = {path: (pair.a, pair.b) for path, pair in adapter.modules.items()}
         try:
-            pages = self._bank.pages(factors, adapter.gates)
+            pages = self._tiers.stage(adapter)
         except ValueError as error:
             raise InvalidInputError(f"the adapter does not fit this base: {error}") from None
         with self._lock:
-            self._bank.add(digest, pages)
-            self._holders[digest] += 1
-            replaced = self._digests.get(name)
-            self._digests[name] = digest
+            self._tiers.put(digest, pages, source=source, gated=bool(adapter.gates), pinned=pinned)
+            replaced = self._names.get(name)
+            self._names[name] = _Named(digest, source, pinned)
             if replaced is not None:
-                self._release((replaced,))
+                self._forget(replaced)
         return digest
 
     def _check(self, adapter: LoraAdapter) -> None:
@@ -70,40 +84,40 @@ class Residency:
     def remove(self, name: str) -> None:
         """Forget a name; raises NotFoundError where there is none."""
         with self._lock:
-            if name not in self._digests:
+            if name not in self._names:
                 raise self._unknown(name)
-            self._release((self._digests.pop(name),))
+            self._forget(self._names.pop(name))
 
     def adapters(self) -> dict[str, str]:
         """Name → digest."""
         with self._lock:
-            return dict(self._digests)
+            return {name: named.digest for name, named in self._names.items()}
 
     def acquire(self, mix: Mapping[str, float] | TokenMix | None) -> ResolvedMix:
         """Check a mix and hold the versions that its names mean now, until ``release`` of the result.
 
         Raises NotFoundError for an unknown name; InvalidInputError for a weight that is no finite number of size at
-        most 8, and for a route that cannot be, or whose adapters have no gates.
+        most 8, for a route that cannot be, or whose adapters have no gates, and where the adapters can never be on the
+        device together.
         """
         return self._acquire_route(mix) if isinstance(mix, TokenMix) else self._acquire_weights(mix or {})
 
     def _acquire_route(self, mix: TokenMix) -> ResolvedMix:
         with self._lock:
             for name in mix.adapters:
-                if name not in self._digests:
+                if name not in self._names:
                     raise self._unknown(name)
-            digests = {name: self._digests[name] for name in mix.adapters}
+            digests = {name: self._names[name].digest for name in mix.adapters}
             try:
                 route = TokenRoute(tuple(digests.values()), mix.top_k, mix.temperature)
             except ValueError as error:
                 raise InvalidInputError(f"the route cannot be: {error}") from None
             names = {digest: name for name, digest in digests.items()}
-            if without := sorted(names[digest] for digest in route.keys if not self._bank.has_gates(digest)):
+            if without := sorted(names[digest] for digest in route.keys if not self._tiers.has_gates(digest)):
                 raise InvalidInputError(
                     f"{', '.join(without)}: found no gates, which tokens are routed by; leave them out, or give weights"
                 )
-            self._holders.update(route.keys)
-        return ResolvedMix({}, digests, route)
+            return self._hold(ResolvedMix({}, digests, route))
 
     def _acquire_weights(self, mix: Mapping[str, float]) -> ResolvedMix:
         weights: dict[str, float] = {}
@@ -117,37 +131,62 @@ class Residency:
             weights[name] = float(weight)
         with self._lock:
             for name in weights:
-                if name not in self._digests:
+                if name not in self._names:
                     raise self._unknown(name)
             weights = {name: weight for name, weight in weights.items() if weight != 0.0}
-            digests = {name: self._digests[name] for name in weights}
+            digests = {name: self._names[name].digest for name in weights}
             gates: dict[str, float] = {}
             for name, weight in weights.items():  # two names may mean the same weights
                 gates[digests[name]] = gates.get(digests[name], 0.0) + weight
             open_gates = tuple(sorted((digest, weight) for digest, weight in gates.items() if weight != 0.0))
-            self._holders.update(digest for digest, _ in open_gates)
-        return ResolvedMix(weights, digests, open_gates)
+            return self._hold(ResolvedMix(weights, digests, open_gates))
 
     def release(self, mix: ResolvedMix) -> None:
         """Let go of what :meth:`acquire` held; once for each."""
-        with self._lock:
-            self._release(mix.held)
+        self._tiers.release(mix.held)
+
+    def expect(self, waiting: Iterable[Request]) -> None:
+        """Bring what the waiting requests need, in their order, to the device as far as there is room."""
+        self._tiers.expect([request.mix.held for request in waiting])
+
+    def claim(self, request: Request) -> Claim:
+        """Keep a request's adapters on the device while it runs, until :meth:`unclaim`; or why that cannot be yet."""
+        return self._tiers.claim(request.mix.held)
+
+    def unclaim(self, request: Request) -> None:
+        self._tiers.unclaim(request.mix.held)
+
+    def take_failed(self) -> dict[str, LorafleetError]:
+        """Digest → why it could not be loaded, since the last call."""
+        return self._tiers.take_failed()
+
+    @property
+    def loading(self) -> bool:
+        """Whether an adapter is on its way."""
+        return self._tiers.loading
+
+    def stop(self) -> None:
+        """End the loading threads; what is needed later starts new ones."""
+        self._tiers.stop()
 
     def pack(self, digests: Iterable[str]) -> Packing:
-        """The rows of at least these adapters, contiguous; each must be held."""
-        with self._lock:
-            return self._bank.pack(digests)
+        """The rows of at least these adapters, contiguous; each must be claimed."""
+        return self._tiers.pack(digests)
 
     @property
     def packings_total(self) -> int:
-        return self._bank.packings_total
+        return self._tiers.packings_total
 
-    def _release(self, digests: Iterable[str]) -> None:
-        for digest in digests:
-            self._holders[digest] -= 1
-            if self._holders[digest] == 0:
-                del self._holders[digest]
-                self._bank.remove(digest)
+    def stats(self) -> TierStats:
+        return self._tiers.stats()
+
+    def _hold(self, mix: ResolvedMix) -> ResolvedMix:
+        self._tiers.require_fit(mix.held)
+        self._tiers.hold(mix.held)
+        return mix
+
+    def _forget(self, named: _Named) -> None:
+        self._tiers.forget(named.digest, source=named.source, pinned=named.pinned)
 
     def _unknown(self, name: str) -> NotFoundError:
         return NotFoundError(f"no adapter {name!r} is loaded; add it first")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from lorafleet.engine.kv_pages import PAGE_TOKENS, pages_for
 from lorafleet.engine.page_allocator import PageAllocator
 from lorafleet.engine.prefix import Prefixes, next_key, root_key
 from lorafleet.engine.request import Request
+from lorafleet.engine.tiers import Claim
+
+# So many waiting requests for each that may run are looked at: their adapters are fetched, and they may pass others.
+LOOKAHEAD = 4
 
 
 class ScheduledRun(NamedTuple):
@@ -25,8 +30,12 @@ class Scheduler:
 
     Decoding sequences go first, one token each, so that a long prompt never stops those that already talk; what is
     left of the budget goes to prompts in the order of their coming. A request is admitted when there are pages for all
-    of its tokens. Where a sequence grows and no page is left, the one that was admitted last gives its pages up and
-    waits in front of the others; what it had generated is computed again, as a prompt.
+    of its tokens and its adapters are on the device. Where a sequence grows and no page is left, the one that was
+    admitted last gives its pages up and waits in front of the others; what it had generated is computed again, as a
+    prompt.
+
+    Requests whose adapters are there pass those whose adapters are not. Where the first one waits for room on the
+    device they might keep it from ever starting: as many as run at a time may pass it, then nobody.
     """
 
     def __init__(
@@ -36,13 +45,20 @@ class Scheduler:
         *,
         max_sequences: int,
         max_batch_tokens: int,
-        ready: Callable[[Request], bool] = lambda request: True,
+        claim: Callable[[Request], Claim] = lambda request: "claimed",
+        unclaim: Callable[[Request], None] = lambda request: None,
+        expect: Callable[[Sequence[Request]], None] = lambda waiting: None,
         clear: Callable[[list[int]], None] = lambda pages: None,
     ) -> None:
-        """``ready``: are a request's adapters loaded? Others may pass it until they are. ``clear``: zero new pages."""
+        """``claim`` keeps a request's adapters on the device while it runs, until ``unclaim``, or says why not yet.
+
+        ``expect`` is told who waits, in order, so that their adapters can be fetched. ``clear``: zero new pages.
+        """
         self._pages, self._prefixes = pages, prefixes
         self._budget, self._max_sequences = max_batch_tokens, max_sequences
-        self._ready, self._clear = ready, clear
+        self._claim, self._unclaim, self._expect, self._clear = claim, unclaim, expect, clear
+        self._lookahead = LOOKAHEAD * max_sequences
+        self._passes = 0  # of requests that went before a first one that waits for room
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self.preemptions_total = 0
@@ -61,11 +77,18 @@ class Scheduler:
         """All that are not done, running ones first."""
         return [*self._running, *self._waiting]
 
+    def waiting_for(self, digests: Collection[str]) -> list[Request]:
+        """Waiting requests that need one of these adapters."""
+        return [request for request in self._waiting if not set(digests).isdisjoint(request.mix.held)]
+
     def add(self, request: Request) -> None:
         self._waiting.append(request)
+        if len(self._waiting) <= self._lookahead:  # fetched while the step that runs goes on
+            self._look_ahead()
 
     def schedule(self) -> list[ScheduledRun]:
         """The runs of the next step, one-token runs first; empty when nothing can be done."""
+        self._look_ahead()
         budget = self._budget
         runs: list[ScheduledRun] = []
         # Decoding ones first; both in the order of their admission.
@@ -94,20 +117,34 @@ class Scheduler:
         """Forget a request that is done and free its pages; one that is not here is ignored."""
         if request in self._running:
             self._running.remove(request)
+            self._unclaim(request)
         elif request in self._waiting:
             self._waiting.remove(request)
         self._give_up(request)
 
+    def _look_ahead(self) -> None:
+        self._expect(list(islice(self._waiting, self._lookahead)))
+
     def _admit(self) -> Request | None:
-        """The first waiting request that can start, with all of its pages."""
-        for index, request in enumerate(self._waiting):
-            if not self._ready(request):
+        """The first waiting request that can start, with all of its pages and adapters."""
+        passing = False  # one that waits for room
+        for index, request in enumerate(islice(self._waiting, self._lookahead)):
+            claim = self._claim(request)
+            if claim != "claimed":
+                if index == 0 and claim == "full":
+                    if self._passes >= self._max_sequences:
+                        return None
+                    passing = True
                 continue
             self._find_prefix(request)
             if pages_for(len(request.tokens)) - len(request.pages) > self._pages.available:
                 self._give_up(request)
+                self._unclaim(request)
                 return None  # others are not let past it: they might keep it from ever starting
             del self._waiting[index]
+            if index == 0:
+                self._passes = 0
+            self._passes += passing
             self._running.append(request)
             self.prefix_tokens_total += request.computed
             held = self._hold(request, len(request.tokens))
@@ -141,6 +178,7 @@ class Scheduler:
             last = self._running[-1]
             self._running.remove(last)
             self._waiting.appendleft(last)
+            self._unclaim(last)
             self._give_up(last)
             self.preemptions_total += 1
             if last is request:

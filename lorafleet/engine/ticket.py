@@ -5,8 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from lorafleet.engine.request import Generation, TokenChunk
+
+Advance: TypeAlias = Callable[[Callable[[], bool], float | None], bool]
+"""``(ready, timeout_s)``"""
 
 
 class Ticket:
@@ -15,8 +19,12 @@ class Ticket:
     While no background thread steps the engine, whoever waits on a ticket does the stepping.
     """
 
-    def __init__(self, *, advance: Callable[[], bool], cancel: Callable[[Ticket], None]) -> None:
-        """``advance`` makes one engine step and says True, or says False where a background thread steps."""
+    def __init__(self, *, advance: Advance, cancel: Callable[[Ticket], None]) -> None:
+        """``advance`` makes one engine step and says True, or says False where a background thread steps.
+
+        Where nothing can be computed before an adapter is loaded it waits for that too, at most ``timeout_s`` and not
+        longer than until ``ready``.
+        """
         self._advance, self._cancel = advance, cancel
         self._condition = threading.Condition()
         self._chunks: list[TokenChunk] = []
@@ -60,7 +68,7 @@ class Ticket:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return False
-            if not self._advance():
+            if not self._advance(ready, left):
                 with self._condition:
                     self._condition.wait_for(ready, timeout=left)
         return True

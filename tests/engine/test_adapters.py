@@ -120,16 +120,17 @@ def test_a_removed_adapter_serves_requests_in_flight_and_no_new_ones(engine: Eng
 
 
 def test_weights_leave_with_their_last_holder(engine: Engine, adapters: dict[str, Path]) -> None:
-    bank = engine._residency._bank
-    digest = engine.add_adapter("x", adapters["a"])
+    engine.add_adapter("x", adapters["a"])
     engine.add_adapter("y", adapters["a"])
     engine.remove_adapter("x")
-    assert digest in bank
+    assert engine.stats().adapters_on_host == 1
     ticket = engine.submit([1], mix={"y": 1.0}, sampling=to_length(3))
     engine.remove_adapter("y")
-    assert digest in bank
+    assert engine.stats().adapters_on_device == 1
     ticket.result()
-    assert digest not in bank
+    stats = engine.stats()
+    assert (stats.adapters_on_device, stats.adapters_on_host, stats.adapters_on_disk) == (0, 0, 0)
+    assert (stats.adapter_device_bytes, stats.adapter_host_bytes) == (0, 0)
 
 
 def test_the_same_weights_again_change_nothing(engine: Engine, adapters: dict[str, Path]) -> None:

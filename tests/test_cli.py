@@ -104,6 +104,7 @@ def test_help_names_the_commands_and_loads_no_model_code() -> None:
         ["demo"], ["serve"], ["route"], ["generate"], ["aggregate"], ["adapter", "import"], ["adapter", "list"],
         ["adapter", "show"], ["adapter", "export"], ["tenant", "create"], ["tenant", "list"], ["db", "upgrade"],
         ["db", "check"], ["client", "join"], ["coordinator", "run"],
+        ["bench", "engine"], ["bench", "kernels"],
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if invocation.debug or (error.name or "").partition(".")[0] == "lorafleet":
             raise  # a fault of this package, not a missing one
         typer.echo(
-            f"error: this command needs {error.name}, which is not installed: pip install 'lorafleet[server]' for a "
-            "service or a coordinator, 'lorafleet[client]' for a data owner, 'lorafleet[demo]' for all",
+            f"error: this command needs {error.name}, which is not installed; in the clone: pip install -e '.[server]' "
+            "for a service or a coordinator, '.[client]' for a data owner, '.[demo]' for all",
             err=True,
         )
         sys.exit(1)

@@ -21,7 +21,7 @@ from lorafleet.kernels.pool import PageTable, PooledGroup, PooledPage, page_tabl
 
 # Copies for subsets of the active adapters (the segmented path) are forgotten together once they hold this many times
 # the group's own rows: enough for the overlapping mixes of a steady batch, and a small multiple of its memory.
-SUBSET_SHARE = 4
+SUBSET_SHARE = 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from lorafleet.errors import InvalidInputError
@@ -28,23 +28,41 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+class _Stopped(KeyboardInterrupt):
+    """A type of its own.
+
+    Where KeyboardInterrupt itself leaves an exec of a string, as when a dataclass is made, CPython notes it as
+    unhandled, and ends a process that has handled it by SIGINT all the same (Python/pythonrun.c).
+    """
+
+
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[Callable[[], None]]:
     """The first request to stop raises KeyboardInterrupt in the block; later ones do not disturb the cleaning up.
+
+    Python drops what is raised in a destructor, or in what C code calls back. A block that works for long calls what
+    it is given now and then: that raises once more where a request has come.
 
     Signals can be handled in a process's main thread only: raises InvalidInputError elsewhere.
     """
     if threading.current_thread() is not threading.main_thread():
         raise InvalidInputError("found a thread other than the main one, which alone hears Ctrl-C: call it from there")
+    asked = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
         for later in REQUESTS:
             signal.signal(later, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        raise _Stopped
+
+    def check() -> None:
+        if asked:
+            raise _Stopped
 
     before = {number: signal.signal(number, interrupt) for number in REQUESTS}
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

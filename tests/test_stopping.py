@@ -32,6 +32,22 @@ def test_first_request_interrupts_and_later_ones_do_not_disturb(number: signal.S
     assert [signal.getsignal(each) for each in REQUESTS] == before
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_request_that_got_lost_is_raised_again_by_the_check() -> None:
+    class Careless:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(1000):  # here the interrupt strikes, and Python drops it
+                pass
+
+    with pytest.raises(KeyboardInterrupt), interruptible() as check:
+        check()
+        Careless()
+        survived = True
+        check()
+    assert survived
+
+
 def test_only_the_main_thread_can_be_interrupted() -> None:
     errors: list[BaseException] = []
 

@@ -141,7 +141,7 @@ def join(
     ] = None,
 ) -> None:
     """Train for a federation on data that stays here, until SIGTERM or SIGINT."""
-    from lorafleet.clients.join import join as join_federation
+    from lorafleet.clients import join_federation
 
     join_federation(
         superlink,

@@ -77,7 +77,7 @@ def join_federation(
     try:
         # The folder is this user's alone: whoever reaches the socket can have this member train.
         with (
-            interruptible(),
+            interruptible() as stop_if_asked,
             tempfile.TemporaryDirectory(prefix="lorafleet-node-") as home,
             listening(Path(home) / "orders") as listener,
             _introducing(member, rank, split, superlink) as introduce,
@@ -93,7 +93,7 @@ def join_federation(
 
                 def carry_out(order: HandedOrder) -> Sections:
                     def check() -> None:
-                        _stop_if_asked()
+                        stop_if_asked()
                         order.check()
 
                     try:
@@ -102,30 +102,13 @@ def join_federation(
                         give_back(device)
 
                 def alive() -> bool:
-                    _stop_if_asked()
+                    stop_if_asked()
                     return child.poll() is None
 
                 serve(orders, carry_out, alive=alive)
                 raise UnavailableError(f"the SuperNode ended with code {child.returncode}; its output above says why")
     except KeyboardInterrupt:
-        # Where it struck below an exec of a string, as when a dataclass is made, CPython has noted it as unhandled and
-        # would end this process by SIGINT; the next such exec takes the note back (Python/pythonrun.c).
-        exec("")
         log.info("asked to stop; the SuperNode has ended")
-
-
-join = join_federation
-"""The name that it has in its own module; the package cannot export it, as this module's name is taken there."""
-
-
-def _stop_if_asked() -> None:
-    """Raises KeyboardInterrupt, once more, where a request to stop has come.
-
-    The first one can get lost: Python ignores what is raised in a destructor, or in what C code calls back. From a
-    request on, :func:`interruptible` has the signals ignored.
-    """
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-        raise KeyboardInterrupt
 
 
 def _check_certificates(file: str | Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from lorafleet.adapters import LoraAdapter
 from lorafleet.engine.kv_pages import PAGE_TOKENS, KvPages, pages_for
-from lorafleet.engine.memory import default_adapter_bytes, default_host_bytes, kv_pages
+from lorafleet.engine.memory import KEPT_SHARE, default_adapter_bytes, default_host_bytes, kv_pages
 from lorafleet.engine.mixture_linear import MixtureContext
 from lorafleet.engine.model import LoadedBase, as_device, as_dtype, load_base
 from lorafleet.engine.page_allocator import PageAllocator
@@ -24,49 +23,13 @@ from lorafleet.engine.residency import Residency
 from lorafleet.engine.runner import ModelRunner, Outcome
 from lorafleet.engine.sampling import SamplingParams
 from lorafleet.engine.scheduler import ScheduledRun, Scheduler
+from lorafleet.engine.stats import EngineStats
 from lorafleet.engine.ticket import Ticket
 from lorafleet.engine.tiers import Read, Tiers
 from lorafleet.errors import InvalidInputError
 from lorafleet.kernels import Bank, mixture_path
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the engine was loaded, and gauges of this moment."""
-
-    requests_running: int
-    requests_waiting: int
-    requests_finished_total: int
-    """ended with a result, cancelled ones too"""
-    requests_failed_total: int
-    prompt_tokens_total: int
-    """prompt tokens computed"""
-    prefix_tokens_total: int
-    """tokens that were found in the cache instead"""
-    preemptions_total: int
-    """how often a request gave up its memory for another and was computed again"""
-    kv_pages: int
-    kv_pages_in_use: int
-    generated_tokens_total: int
-    steps_total: int
-    adapter_packings_total: int
-    """how often the active adapters' rows were copied together"""
-    adapters_loaded: int
-    """names"""
-    adapters_on_device: int
-    """versions; each is counted once, where it is nearest to the device"""
-    adapters_on_host: int
-    adapters_on_disk: int
-    adapter_device_bytes: int
-    adapter_host_bytes: int
-    adapter_loads_total: int
-    """how often an adapter was put on the device"""
-    adapter_evictions_total: int
-    """how often one left the device for another"""
-    adapter_disk_reads_total: int
-    """how often one was read again from its folder"""
 
 
 class Engine:
@@ -153,9 +116,10 @@ class Engine:
 
         ``max_sequences`` run at a time, others wait; a step computes at most ``max_batch_tokens`` tokens. Keys and
         values of ``kv_tokens`` tokens are kept, by default as many as the device's free memory allows; more load than
-        that waits. At most ``adapter_bytes`` of adapters' rows are on the device and ``host_bytes`` in host memory, by
-        default shares of what is free; ``read`` reads an adapter's folder. Raises NotFoundError where the base is
-        missing, InvalidInputError where it is not supported.
+        that waits. On a CPU a quarter as many again are kept for later requests that begin alike. At most
+        ``adapter_bytes`` of adapters' rows are on the device and ``host_bytes`` in host memory, by default shares of
+        what is free; ``read`` reads an adapter's folder. Raises NotFoundError where the base is missing,
+        InvalidInputError where it is not supported.
         """
         if not 1 <= max_sequences <= max_batch_tokens:
             raise InvalidInputError(
@@ -179,9 +143,11 @@ class Engine:
             raise InvalidInputError(f"found kv_tokens {kv_tokens}, expected at least 1")
         else:
             pages = pages_for(kv_tokens)
+        kept_pages = int(pages * KEPT_SHARE[on.type])
         logger.info(
-            "%s: keys and values of %d tokens in %.0f MB, up to %d sequences",
-            loaded.name, pages * PAGE_TOKENS, pages * page_bytes / 1e6, max_sequences,
+            "%s: keys and values of %d tokens, and of %d kept for later requests, in %.0f MB, up to %d sequences",
+            loaded.name, pages * PAGE_TOKENS, kept_pages * PAGE_TOKENS, (pages + kept_pages) * page_bytes / 1e6,
+            max_sequences,
         )  # fmt: skip
         adapter_bytes = default_adapter_bytes(on) if adapter_bytes is None else adapter_bytes
         host_bytes = default_host_bytes() if host_bytes is None else host_bytes
@@ -196,7 +162,7 @@ class Engine:
             max_sequences=max_sequences,
             max_batch_tokens=max_batch_tokens,
             pages=pages,
-            kept_pages=pages // 4 if on.type == "cpu" else 0,
+            kept_pages=kept_pages,
             adapter_bytes=adapter_bytes,
             host_bytes=host_bytes,
             read=read,

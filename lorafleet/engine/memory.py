@@ -10,6 +10,8 @@ import torch
 # Of what is free once the base is loaded. On a CPU the rest of the machine lives there, too; on a GPU the rows that a
 # step uses may be copied together, which takes up to the adapters' share once more.
 KV_SHARE = {"cpu": 0.4, "cuda": 0.7}
+# Of the working pages, on top of them: a CPU keeps prefixes as copies, a GPU in the pages themselves.
+KEPT_SHARE = {"cpu": 0.25, "cuda": 0.0}
 ADAPTER_SHARE = {"cpu": 0.15, "cuda": 0.1}
 HOST_SHARE = 0.2
 

@@ -35,10 +35,6 @@ def many_name(number: int) -> str:
     return f"m{number}"
 
 
-def many_number(name: str) -> int:
-    return int(name.removeprefix("m"))
-
-
 def zipf(draws: int, *, names: int, exponent: float, seed: int) -> list[int]:
     """Numbers from 0 to ``names - 1``; number k comes with a probability that goes with ``1 / (k + 1)^exponent``."""
     weights = [1.0 / (number + 1) ** exponent for number in range(names)]

@@ -73,7 +73,7 @@ def byte_tokenizer() -> Any:
 def make_adapter(shape: Shape, name: str) -> LoraAdapter:
     """All projections of all layers; A normal over the square root of its inputs, B normal with ``B_STD``.
 
-    One of the eight has gate vectors too, normal over the square root of their length.
+    Those of the eight have gate vectors too, normal over the square root of their length.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     rank = rank_of(name)

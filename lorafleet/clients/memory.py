@@ -12,7 +12,7 @@ import torch
 def give_back(device: str) -> None:
     """Return freed memory to the machine: a member waits far longer than it works, and others live there, too.
 
-    On Linux the C library keeps what was freed; after a round of 20 steps on the tiny base that is 70 MB of 530.
+    On Linux the C library keeps what was freed; after 8 steps of 4 × 256 tokens on the tiny base that is 70 MB of 530.
     """
     gc.collect()
     if torch.device(device).type == "cuda":

@@ -1,8 +1,9 @@
 """The pre-norm decoder layer of the Llama family with the engine's own order of work.
 
-transformers' layer makes about 60 small tensor operations, this one about 30, and none on padded or transposed copies:
-one normalisation, one product for q, k and v, one rotation of q and k together, residuals added inside the products. At
-32 tokens of 768 an operation costs 5 to 30 µs whatever it computes, so that matters as much as the products do.
+One normalisation, one product for q, k and v, one rotation of q and k together, residuals added inside the products,
+nothing on padded or transposed copies. Beside attention a decode step of Llama calls 16 operations on tensors a layer,
+its products among them, and transformers' layer 39 (counted by a dispatch mode, views left out). At 32 tokens of 768
+one costs 5 to 30 µs whatever it computes, so that their number matters as well as the products.
 
 What it computes is the layer's; :func:`fuse_layers` takes only classes whose code was read, and the tests compare each
 with transformers' own. All other layers stay as they are.
@@ -10,10 +11,12 @@ with transformers' own. All other layers stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lorafleet.engine.attention import StepAttention
 from lorafleet.engine.mixture_linear import LinearGroup, MixtureLinear
@@ -74,20 +77,6 @@ class FusedLayer(nn.Module):
         return x[None]
 
 
-class _RmsNorm:
-    """``weight · x / rms(x)``, in float32 as transformers' own, with four operations instead of eight."""
-
-    def __init__(self, weight: Tensor, epsilon: float) -> None:
-        self._weight, self._epsilon = weight.detach().float(), epsilon
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = x.float()
-        mean_square = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(y.shape[-1])
-        scaled = y * mean_square.add_(self._epsilon).rsqrt_()
-        normal: Tensor = scaled.mul_(self._weight).to(x.dtype)
-        return normal
-
-
 class Rotation:
     """Rotary embedding (arXiv 2104.09864, eq. 34); as in transformers, element i turns with element i + D/2.
 
@@ -108,8 +97,11 @@ class Rotation:
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed)
 
 
-def _rms_norm(norm: Any) -> _RmsNorm:
-    return _RmsNorm(norm.weight, norm.variance_epsilon)
+def _rms_norm(norm: Any) -> Callable[[Tensor], Tensor]:
+    """``weight · x / rms(x)`` by one call; 22 against 31 µs for transformers' eight, 32 tokens of 768 on two cores."""
+    weight: Tensor = norm.weight.detach()
+    epsilon: float = norm.variance_epsilon
+    return lambda x: functional.rms_norm(x, weight.shape, weight, epsilon)
 
 
 def _group(linear: nn.Module) -> LinearGroup:
@@ -117,13 +109,11 @@ def _group(linear: nn.Module) -> LinearGroup:
     return linear.group
 
 
-def fuse_layers(model: nn.Module, *, layers_path: str) -> int:
-    """Replace in place those layers that :class:`FusedLayer` computes; returns how many."""
+def fuse_layers(model: nn.Module, *, layers_path: str) -> None:
+    """Replace in place those layers that :class:`FusedLayer` computes."""
     layers = model.get_submodule(layers_path)
     assert isinstance(layers, nn.ModuleList)
-    fused, rotate = 0, Rotation()
+    rotate = Rotation()
     for index, layer in enumerate(layers):
         if type(layer).__name__ in FUSED_LAYERS:
             layers[index] = FusedLayer(layer, rotate)
-            fused += 1
-    return fused

@@ -38,6 +38,9 @@ def next_key(before: bytes, tokens: Sequence[int]) -> bytes:
 class Prefixes(Protocol):
     """Where full pages are found again."""
 
+    takes_room: bool
+    """whether a page that is found takes one of the working pool's"""
+
     def find(self, key: bytes) -> int | None:
         """A page of the working pool that holds this content and now has one user more; None where there is none."""
         ...
@@ -50,6 +53,8 @@ class Prefixes(Protocol):
 class SharedPrefixes:
     """One page for all who begin alike. For attention that follows a table of pages, as it does on a GPU."""
 
+    takes_room = False
+
     def __init__(self, pages: PageAllocator) -> None:
         self.find, self.publish = pages.find, pages.publish
 
@@ -58,8 +63,11 @@ class CopiedPrefixes:
     """Copies, kept behind the working pool, and copied back for whoever begins alike.
 
     For attention on a CPU, which reads the pool as it lies: pages in use then stay close together, whatever is kept.
-    A page of 200 kB is copied in some 20 µs; gathering the pages of 32 sequences cost 0.2 ms in every layer and step.
+    A page of 393 kB (12 layers, 4 heads of 64, bfloat16) is copied in 38 µs; gathering the 160 pages of 32 sequences
+    costs 0.2 ms in every layer and step.
     """
+
+    takes_room = True
 
     def __init__(self, pages: PageAllocator, *, kept: int, copy: Callable[[int, int], None]) -> None:
         """``kept`` copies lie at ``[pages.pages, pages.pages + kept)``; ``copy(source, destination)`` copies a page."""

@@ -136,9 +136,7 @@ class Scheduler:
                         return None
                     passing = True
                 continue
-            self._find_prefix(request)
-            if pages_for(len(request.tokens)) - len(request.pages) > self._pages.available:
-                self._give_up(request)
+            if not self._find_room(request):
                 self._unclaim(request)
                 return None  # others are not let past it: they might keep it from ever starting
             del self._waiting[index]
@@ -151,6 +149,17 @@ class Scheduler:
             assert held
             return request
         return None
+
+    def _find_room(self, request: Request) -> bool:
+        """Whether there are pages for all of the request's tokens; it has those of its prefix then."""
+        needed = pages_for(len(request.tokens))
+        if self._prefixes.takes_room and needed > self._pages.available:
+            return False  # told first: a request that waits would look its prefix up, and copy it, in every step
+        self._find_prefix(request)
+        if needed - len(request.pages) > self._pages.available:
+            self._give_up(request)
+            return False
+        return True
 
     def _find_prefix(self, request: Request) -> None:
         """Take the published pages that the request begins with; at least one token is left to compute."""

@@ -167,10 +167,6 @@ class Bank:
         if self._packing is not None and key in self._packing.keys:
             self._packing = None  # its copy of the rows goes too
 
-    def has_gates(self, key: str) -> bool:
-        """Whether tokens can be routed to this adapter."""
-        return key in self._gated
-
     def require_gates(self, keys: Iterable[str]) -> None:
         """Raise ValueError, which names them, where some of these adapters have no gates to be routed by."""
         if without := sorted(key for key in set(keys) if key not in self._gated):

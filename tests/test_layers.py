@@ -24,9 +24,10 @@ PARTS = {
     "flower_commands": set(),
     "stopping": set(),
     "proto": set(),
-    "kernels": set(),
+    "native": set(),
+    "kernels": {"native"},
     "adapters": {"kernels"},
-    "engine": {"adapters", "kernels"},
+    "engine": {"adapters", "kernels", "native"},
     "registry": {"adapters"},
     "clients": {"adapters", "flower_commands", "stopping"},
     "coordinator": {"adapters", "registry", "flower_commands", "stopping"},
@@ -53,6 +54,7 @@ ONLY_IN = {
 
 # All that these parts import beside the standard library: they run where nothing but torch's world is installed.
 THIRD_PARTY = {
+    "native": {"torch"},
     "kernels": {"torch", "triton"},
     "adapters": {"torch", "numpy", "safetensors", "transformers"},
     "engine": {"torch", "transformers"},

@@ -1,4 +1,8 @@
-"""A base weight in the order of memory in which this machine multiplies it fastest."""
+"""A base weight in the order of memory in which this machine multiplies it fastest.
+
+Where the processor has a matrix unit and the kernels for it are there, all of a model's linears are in tiles instead
+(:mod:`lorafleet.engine.mixture_linear`), and its output layer is a :class:`TiledHead`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lorafleet.native.linear import Linear, panels_of
+from lorafleet.native.memory import huge_empty
 
 # The token count that packed weights are laid out for; other counts run on the same layout.
 _PACKED_FOR_TOKENS = 32
@@ -54,6 +61,24 @@ class PackedWeight:
         else:
             y = product.binary(x, residual, self._weight, self._bias, "add")
         return y
+
+
+class TiledHead:
+    """An output layer in tiles, with the norm before it where it is given; its result is float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, norm: tuple[Tensor, float] | None = None) -> None:
+        panels = panels_of(weight)
+        self._linear = Linear(
+            huge_empty(tuple(panels.shape), torch.bfloat16).copy_(panels),
+            d_in=weight.shape[1],
+            d_outs=[weight.shape[0]],
+            bias=None if bias is None else bias.float(),
+            norm=norm,
+            float_out=True,
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._linear(x, residual)
 
 
 def lay_out(weight: Tensor, bias: Tensor | None) -> BaseWeight:

@@ -26,6 +26,7 @@ from lorafleet.engine.scheduler import ScheduledRun, Scheduler
 from lorafleet.engine.stats import EngineStats
 from lorafleet.engine.ticket import Ticket
 from lorafleet.engine.tiers import Read, Tiers
+from lorafleet.engine.tile_pages import TilePages
 from lorafleet.errors import InvalidInputError
 from lorafleet.kernels import Bank, mixture_path
 
@@ -54,7 +55,7 @@ class Engine:
     ) -> None:
         """Use :meth:`load`."""
         self._base = base
-        cache = KvPages(
+        cache = (TilePages if base.tiled_attention else KvPages)(
             layers=base.layers,
             kv_heads=base.kv_heads,
             head_dim=base.head_dim,
@@ -63,7 +64,7 @@ class Engine:
             dtype=base.dtype,
         )
         tiers = Tiers(
-            Bank(base.groups, device=device, dtype=base.dtype),
+            Bank(base.groups, device=device, dtype=base.dtype, tiles=base.tiled),
             device_bytes=adapter_bytes,
             host_bytes=host_bytes,
             read=read,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lorafleet.engine.attention import StepAttention
-from lorafleet.engine.mixture_linear import LinearGroup, MixtureLinear
+from lorafleet.engine.tile_layer import TileLayer, can_fuse_tiles, group_of, window_of
 
 # x + o(attention(rope(norm_qk(qkv(norm(x)))))); x + down(act(gate(norm(x))) * up(norm(x))).
 FUSED_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -40,8 +40,8 @@ class FusedLayer(nn.Module):
         has_qk_norm = hasattr(attention, "q_norm")
         self._norm_q = _rms_norm(attention.q_norm) if has_qk_norm else None
         self._norm_k = _rms_norm(attention.k_norm) if has_qk_norm else None
-        self._qkv, self._o = _group(attention.q_proj), _group(attention.o_proj)
-        self._gate_up, self._down = _group(mlp.gate_proj), _group(mlp.down_proj)
+        self._qkv, self._o = group_of(attention.q_proj), group_of(attention.o_proj)
+        self._gate_up, self._down = group_of(mlp.gate_proj), group_of(mlp.down_proj)
         self._act = mlp.act_fn
         self._head_dim: int = attention.head_dim
         self._heads = attention.q_proj.out_features // self._head_dim
@@ -49,10 +49,7 @@ class FusedLayer(nn.Module):
         self._width: int = mlp.gate_proj.out_features
         self._layer: int = attention.layer_idx
         self._scale: float = attention.scaling
-        # Mistral's attention reads the window from its config, the others from an attribute of their own.
-        config_window = getattr(attention.config, "sliding_window", None)
-        mistral = type(attention).__name__ == "MistralAttention"
-        self._window: int | None = config_window if mistral else getattr(attention, "sliding_window", None)
+        self._window = window_of(attention)
 
     def forward(
         self,
@@ -104,16 +101,12 @@ def _rms_norm(norm: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: functional.rms_norm(x, weight.shape, weight, epsilon)
 
 
-def _group(linear: nn.Module) -> LinearGroup:
-    assert isinstance(linear, MixtureLinear)
-    return linear.group
-
-
-def fuse_layers(model: nn.Module, *, layers_path: str) -> None:
-    """Replace in place those layers that :class:`FusedLayer` computes."""
+def fuse_layers(model: nn.Module, *, layers_path: str, tiled: bool = False) -> None:
+    """Replace in place those layers that :class:`FusedLayer` computes; ``tiled``: linears and attention are in tiles,
+    and :class:`~lorafleet.engine.tile_layer.TileLayer` computes them."""
     layers = model.get_submodule(layers_path)
     assert isinstance(layers, nn.ModuleList)
     rotate = Rotation()
     for index, layer in enumerate(layers):
         if type(layer).__name__ in FUSED_LAYERS:
-            layers[index] = FusedLayer(layer, rotate)
+            layers[index] = TileLayer(layer) if tiled and can_fuse_tiles(layer) else FusedLayer(layer, rotate)

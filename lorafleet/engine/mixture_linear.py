@@ -11,8 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lorafleet.engine.base_weight import lay_out
+from lorafleet.engine.base_weight import BaseWeight, lay_out
 from lorafleet.kernels import GroupSpec, MixturePath, ModuleSpec, Packing, Plan
+from lorafleet.kernels.tiles import TileGates, tile_gates
+from lorafleet.native.linear import Linear, panels_of
+from lorafleet.native.memory import huge_empty
 
 # Siblings that read the same input, by the last part of their path. Any other linear is a group of one.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -25,32 +28,71 @@ class MixtureContext:
         self.path = path
         self.packing: Packing | None = None
         self.plan: Plan | None = None
+        self.gates: TileGates | None = None
+        """the plan for linears in tiles"""
 
     def set(self, packing: Packing | None, plan: Plan | None) -> None:
         """The step's gates; both None where no token has an adapter."""
         self.packing, self.plan = packing, plan
+        tiles = None if packing is None else packing.tiles
+        self.gates = None if plan is None or tiles is None else tile_gates(plan, tiles)
 
 
 class LinearGroup:
-    """Linears that read the same input."""
+    """Linears that read the same input.
+
+    Their weights are laid out when they are first used, or before that by :func:`lay_out_in_tiles`.
+    """
 
     def __init__(self, spec: GroupSpec, weight: Tensor, bias: Tensor | None, context: MixtureContext) -> None:
         """``weight [Σ d_out, d_in]``, ``bias [Σ d_out]``."""
         self.spec, self.dtype, self.bias, self._context = spec, weight.dtype, bias, context
-        self._product = lay_out(weight, bias)
+        self.norm: tuple[Tensor, float] | None = None
+        """weight and epsilon of a root-mean-square norm of the input, computed here where given; in tiles only"""
+        self.gated = False
+        """whether the second half of the columns is multiplied by silu of the first; in tiles only"""
+        self._weight: Tensor | None = weight
+        self._product: BaseWeight | None = None
+        self._tiles: Linear | None = None
         self._last_x: Tensor | None = None
         self._last_y: Tensor | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """``x [T, d_in]`` → the base's product and the mixture's, and the residual where given, ``[T, Σ d_out]``."""
         context = self._context
+        if self._tiles is not None:
+            return self._tiles(x, residual, None if context.gates is None else context.gates.address)
+        product = self._product or self._lay_out()
         group = None if context.packing is None else context.packing.groups.get(self.spec.name)
         if group is None or context.plan is None:
-            return self._product(x, residual)
-        y = self._product(x)
+            return product(x, residual)
+        y = product(x)
         context.path(y, x, group, context.plan)
         # Added last: in bfloat16 the mixture is rounded as its own product is, not as the far larger residual.
         return y if residual is None else y.add_(residual)
+
+    def _lay_out(self) -> BaseWeight:
+        assert self._weight is not None
+        self._product, self._weight = lay_out(self._weight, self.bias), None
+        return self._product
+
+    def panels(self) -> Tensor:
+        """The weight as the kernel for tiles reads it."""
+        assert self._weight is not None
+        return panels_of(self._weight, gated=self.gated)
+
+    def use_tiles(self, panels: Tensor, *, first_module: int) -> None:
+        """Compute with :meth:`panels` from now on; ``first_module`` is the group's place among all modules."""
+        self._weight = None
+        self._tiles = Linear(
+            panels,
+            d_in=self.spec.d_in,
+            d_outs=[module.d_out for module in self.spec.modules],
+            first_module=first_module,
+            bias=None if self.bias is None else self.bias.float(),
+            norm=self.norm,
+            gated=self.gated,
+        )
 
     def shared(self, x: Tensor, *, last: bool) -> Tensor:
         """``x [..., d_in]`` → ``[..., Σ d_out]``, computed by the first sibling and dropped by the last.
@@ -92,7 +134,7 @@ class MixtureLinear(nn.Module):
 
 
 def wrap_linears(model: nn.Module, *, layers_path: str, context: MixtureContext) -> tuple[GroupSpec, ...]:
-    """Replace every linear below ``layers_path`` (the decoder layers) in place; the groups for the bank."""
+    """Replace every linear below ``layers_path`` (the decoder layers) in place; the groups for the bank, in order."""
     layers = model.get_submodule(layers_path)
     linears: dict[str, nn.Module] = {
         f"{layers_path}.{name}": module for name, module in layers.named_modules() if is_linear(module)
@@ -107,6 +149,23 @@ def wrap_linears(model: nn.Module, *, layers_path: str, context: MixtureContext)
         modules = [linears.pop(sibling) for sibling in paths]
         specs.append(_replace(model, paths, modules, context))
     return tuple(specs)
+
+
+def lay_out_in_tiles(model: nn.Module) -> None:
+    """Lay the weights of all groups out for the kernel for tiles, one behind the other in the order of their use.
+
+    For groups that a bank can keep in tiles, before any of them is used.
+    """
+    groups = {id(m.group): m.group for m in model.modules() if isinstance(m, MixtureLinear)}
+    sizes = [-(-sum(m.d_out for m in g.spec.modules) // 32) * 32 * g.spec.d_in for g in groups.values()]
+    arena = huge_empty((sum(sizes),), torch.bfloat16)
+    first = module = 0
+    for group, size in zip(groups.values(), sizes, strict=True):
+        panels = group.panels()
+        own = arena[first : first + size].view(panels.shape).copy_(panels)
+        group.use_tiles(own, first_module=module)
+        first += size
+        module += len(group.spec.modules)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -12,12 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorafleet.assets import base_digest, base_path
 from lorafleet.engine.attention import ATTENTION_NAME
-from lorafleet.engine.base_weight import BaseWeight, lay_out
+from lorafleet.engine.base_weight import BaseWeight, TiledHead, lay_out
 from lorafleet.engine.detokenizer import Decode
 from lorafleet.engine.fused_layer import fuse_layers
-from lorafleet.engine.mixture_linear import MixtureContext, wrap_linears
+from lorafleet.engine.mixture_linear import MixtureContext, lay_out_in_tiles, wrap_linears
+from lorafleet.engine.tile_attention import TileAttention
 from lorafleet.errors import InvalidInputError, NotFoundError
 from lorafleet.kernels import GroupSpec
+from lorafleet.kernels.bank import can_tile
+from lorafleet.native.linear import INNER
 
 # Architectures whose greedy tokens were compared with transformers' own (tests/engine/test_architectures.py): causal
 # attention through the attention interface, logits from the output layer, at most soft-capped. Value: where the layers
@@ -76,6 +79,10 @@ class LoadedBase:
     kv_heads: int
     head_dim: int
     vocabulary: int
+    tiled: bool
+    """whether the linears are in the tiles of a CPU's matrix unit, and adapters' rows have to be, too"""
+    tiled_attention: bool
+    """whether keys and values are in such tiles"""
 
 
 def as_device(device: str | torch.device) -> torch.device:
@@ -125,13 +132,19 @@ def load_base(
     )
     model = model.to(device).eval().requires_grad_(False)
     output = model.get_output_embeddings()
+    head_weight, head_bias = output.weight.detach(), None if output.bias is None else output.bias.detach()
     layers_path = CHECKED_ARCHITECTURES[config.model_type]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     groups = wrap_linears(model, layers_path=layers_path, context=context)
-    fuse_layers(model, layers_path=layers_path)
+    tiled = can_tile(groups, device=device, dtype=dtype) and head_weight.shape[1] % INNER == 0
+    tiled_attention = tiled and TileAttention.supports(head_dim, dtype, device)
+    fuse_layers(model, layers_path=layers_path, tiled=tiled_attention)
+    if tiled:
+        lay_out_in_tiles(model)
     return LoadedBase(
         model=model,
         decoder=model.base_model,
-        head=lay_out(output.weight.detach(), None if output.bias is None else output.bias.detach()),
+        head=TiledHead(head_weight, head_bias) if tiled else lay_out(head_weight, head_bias),
         tokenizer=tokenizer,
         decode=decoder_of(tokenizer),
         groups=groups,
@@ -143,8 +156,10 @@ def load_base(
         eos=end_tokens(tokenizer, model.generation_config, config),
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim,
         vocabulary=config.vocab_size,
+        tiled=tiled,
+        tiled_attention=tiled_attention,
     )
 
 

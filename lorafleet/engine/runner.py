@@ -16,6 +16,8 @@ from lorafleet.engine.model import LoadedBase
 from lorafleet.engine.residency import Residency
 from lorafleet.engine.sampling import TokenLogprob, choose, logprobs_of
 from lorafleet.engine.scheduler import ScheduledRun
+from lorafleet.engine.tile_attention import TileAttention
+from lorafleet.engine.tile_pages import TilePages
 from lorafleet.kernels import Packing, Plan, Run
 
 # Rows of logits held at once while a prompt is scored: 256 rows of a 150 000-token vocabulary are 150 MB.
@@ -41,7 +43,13 @@ class ModelRunner:
     """Computes steps; changes the cache, never a request."""
 
     def __init__(
-        self, base: LoadedBase, *, cache: KvPages, residency: Residency, context: MixtureContext, device: torch.device
+        self,
+        base: LoadedBase,
+        *,
+        cache: KvPages | TilePages,
+        residency: Residency,
+        context: MixtureContext,
+        device: torch.device,
     ) -> None:
         self._base, self._cache, self._residency, self._context = base, cache, residency, context
         self._device = device
@@ -95,7 +103,11 @@ class ModelRunner:
             tokens.extend(request.tokens[start:stop])
             positions.extend(range(start, stop))
             spans.append(Span(request.pages, start, stop))
-        step = StepAttention(spans, cache=self._cache, device=self._device, dtype=self._base.dtype)
+        step: StepAttention | TileAttention
+        if isinstance(self._cache, TilePages):
+            step = TileAttention(spans, cache=self._cache)
+        else:
+            step = StepAttention(spans, cache=self._cache, device=self._device, dtype=self._base.dtype)
         self._set_gates(runs)
         try:
             out = self._base.decoder(

@@ -29,6 +29,7 @@ from lorafleet.engine.eviction import Candidate, choose_evictions, decayed
 from lorafleet.errors import InvalidInputError, LorafleetError, OverloadedError, UnavailableError
 from lorafleet.kernels import Bank, Packing
 from lorafleet.kernels.bank import Page
+from lorafleet.kernels.tile_pages import TilePage
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ HALF_LIFE_S = 300.0
 # One slow disk or folder must not hold up the loads behind it.
 LOADERS = 4
 
-Pages: TypeAlias = Mapping[str, Page]
+Pages: TypeAlias = Mapping[str, Page] | Mapping[str, TilePage]
 Read: TypeAlias = Callable[[Path], LoraAdapter]
 Claim: TypeAlias = Literal["claimed", "loading", "full"]
 """``loading``: some rows are still on their way. ``full``: some have no room on the device yet."""
@@ -45,8 +46,7 @@ Claim: TypeAlias = Literal["claimed", "loading", "full"]
 
 def size_of(pages: Pages) -> int:
     """Bytes of an adapter's rows."""
-    tensors = (tensor for page in pages.values() for tensor in page if tensor is not None)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(page.size_bytes for page in pages.values())
 
 
 class TierStats(NamedTuple):
@@ -142,7 +142,7 @@ class Tiers:
         """An adapter's rows for :meth:`put`; slow, and without the lock. Raises ValueError where they do not fit."""
         factors = {path: (pair.a, pair.b) for path, pair in adapter.modules.items()}
         pages = self._staging.pages(factors, adapter.gates)
-        return pages if self._shared else {path: _each(page, Tensor.pin_memory) for path, page in pages.items()}
+        return pages if self._shared else {path: _each(page, Tensor.pin_memory) for path, page in _plain(pages)}
 
     def put(self, digest: str, pages: Pages, *, source: Path | None, gated: bool, pinned: bool = False) -> None:
         """A name means this adapter from now on; ``source`` is the folder to read it from again, None for an object.
@@ -457,15 +457,20 @@ class Tiers:
         device = self._bank.device
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # Memory from the computing stream, where the rows are used and freed; what used it before ends first.
-        copies = {path: _each(page, lambda rows: torch.empty_like(rows, device=device)) for path, page in pages.items()}
+        copies = {path: _each(page, lambda rows: torch.empty_like(rows, device=device)) for path, page in _plain(pages)}
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for path, page in pages.items():
+            for path, page in _plain(pages):
                 for source, copy in zip(page, copies[path], strict=True):
                     if source is not None and copy is not None:
                         copy.copy_(source, non_blocking=True)
         stream.synchronize()
         return copies
+
+
+def _plain(pages: Pages) -> list[tuple[str, Page]]:
+    """Pages of plain rows, as all are that go to a GPU."""
+    return [(path, page) for path, page in pages.items() if isinstance(page, Page)]
 
 
 def _each(page: Page, change: Callable[[Tensor], Tensor]) -> Page:

@@ -10,13 +10,15 @@ Shapes: A page ``[r, d_in]``, B page ``[r, d_out]`` (B transposed, so that both 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from lorafleet.kernels.packing import Layouts, PackedGroup, PackedModule, Packing
 from lorafleet.kernels.pool import GroupPool, PooledGroup, PooledPage
+from lorafleet.kernels.tile_pages import TiledGroup, TilePage, TileTable, mixture_of, table_row, tile_page, tiles_fit
 from lorafleet.kernels.token_gates import no_gates
 
 # A packing that covers what is needed is kept while at least this share of its rows is needed: rows with a closed
@@ -52,8 +54,12 @@ class Page(NamedTuple):
     def rank(self) -> int:
         return self.a.shape[0]
 
+    @property
+    def size_bytes(self) -> int:
+        return sum(rows.nbytes for rows in (self.a, self.b, self.gate) if rows is not None)
 
-_Pages: TypeAlias = Mapping[str, Page | PooledPage]
+
+_Pages: TypeAlias = Mapping[str, Page | PooledPage | TilePage]
 
 
 class Bank:
@@ -63,7 +69,8 @@ class Bank:
     float32 base) the intermediate loses nothing that a merged weight would keep, at twice a bfloat16 base's bytes.
 
     With ``pool_pages`` the rows live at fixed addresses, so many pages of 16 ranks for each module
-    (:mod:`lorafleet.kernels.pool`); the Triton path reads them there.
+    (:mod:`lorafleet.kernels.pool`); the Triton path reads them there. With ``tiles`` they lie as a CPU's matrix unit
+    reads them (:mod:`lorafleet.kernels.tile_pages`); the other paths then work on copies.
     """
 
     def __init__(
@@ -73,7 +80,9 @@ class Bank:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         pool_pages: int | None = None,
+        tiles: bool = False,
     ) -> None:
+        """Raises ValueError for a module in two groups, and for ``tiles`` where :func:`can_tile` says no."""
         self.groups = tuple(groups)
         self.device, self.dtype = torch.device(device), dtype
         self._group_of = {m.path: group for group in self.groups for m in group.modules}
@@ -86,7 +95,14 @@ class Bank:
                 g.name: GroupPool(g.d_in, dict(g.modules), pages=pool_pages, device=self.device, dtype=dtype)
                 for g in self.groups
             }
+        if tiles and pool_pages is not None:
+            raise ValueError("found pool_pages and tiles, expected one of them: rows lie in one order")
+        if tiles and not can_tile(self.groups, device=self.device, dtype=dtype):
+            raise ValueError("found groups, a device or a dtype that cannot be laid out in tiles; ask can_tile() first")
+        self._paths = tuple(m.path for group in self.groups for m in group.modules)
+        self.tiles = tiles
         self._pages: dict[str, _Pages] = {}
+        self._rows: dict[str, Tensor] = {}
         self._gated: set[str] = set()
         self._packing: Packing | None = None
         self.packings_total = 0
@@ -96,7 +112,7 @@ class Bank:
 
     def pages(
         self, factors: Mapping[str, tuple[Tensor, Tensor]], gates: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Page]:
+    ) -> dict[str, Page] | dict[str, TilePage]:
         """Factors ``path → (A [r, d_in], B [d_out, r])`` as pages on this bank's device.
 
         ``gates`` are the gate vectors ``[d_in]`` for token-level routing, each under the path of the first module that
@@ -105,7 +121,7 @@ class Bank:
         Apart from :meth:`add`, so that the copying can happen outside the owner's lock. Raises ValueError for a
         module that the bank does not know, a shape that does not fit, or a gate vector missing or misplaced.
         """
-        pages: dict[str, Page] = {}
+        pages: dict[str, Any] = {}
         for path, (a, b) in factors.items():
             if path not in self._shapes:
                 raise ValueError(f"found factors for {path!r}, which is in none of this bank's groups")
@@ -114,7 +130,7 @@ class Bank:
                 raise ValueError(
                     f"{path}: found A {list(a.shape)} and B {list(b.shape)}, expected [r, {d_in}] and [{d_out}, r]"
                 )
-            pages[path] = Page(self._keep(a), self._keep(b.T))
+            pages[path] = Page(self._keep(a), self._keep(b.T)) if not self.tiles else tile_page(a, b.T)
         if gates:
             places = {path: self._shapes[path][0] for path in self._first_modules(pages)}
             if set(gates) != set(places):
@@ -135,14 +151,16 @@ class Bank:
         firsts = (next((m.path for m in group.modules if m.path in pages), None) for group in self.groups)
         return [path for path in firsts if path is not None]
 
-    def add(self, key: str, pages: Mapping[str, Page]) -> None:
+    def add(self, key: str, pages: Mapping[str, Page] | Mapping[str, TilePage]) -> None:
         """Make an adapter available under its digest; the same key again has the same content and is ignored.
 
         Raises OverloadedError where the pool has too few free pages; nothing has changed then.
         """
         if key in self._pages:
             return
-        self._pages[key] = self._into_pools(pages) if self._pools else dict(pages)
+        self._pages[key] = self._into_pools(cast(Mapping[str, Page], pages)) if self._pools else dict(pages)
+        if self.tiles:
+            self._rows[key] = table_row(self._paths, cast(Mapping[str, TilePage], pages))
         if pages and all(pages[path].gate is not None for path in self._first_modules(pages)):
             self._gated.add(key)
 
@@ -160,6 +178,7 @@ class Bank:
     def remove(self, key: str) -> None:
         """Forget an adapter; nothing that runs may still need it."""
         pages = self._pages.pop(key)
+        self._rows.pop(key, None)
         self._gated.discard(key)
         for path, page in pages.items():
             if isinstance(page, PooledPage):
@@ -179,7 +198,8 @@ class Bank:
         if current is not None and wanted.issubset(current.keys):
             if len(wanted) == len(current.keys):
                 return current
-            if self._row_count(wanted) >= KEEP_SHARE * current.rows:
+            # With tiles nothing is copied, and closed gates would be all that keeping it brings.
+            if not self.tiles and self._row_count(wanted) >= KEEP_SHARE * current.rows:
                 return current
         self._packing = self._pack(tuple(sorted(wanted)))
         self.packings_total += 1
@@ -189,23 +209,39 @@ class Bank:
         return sum(page.rank for key in keys for page in self._pages[key].values())
 
     def _pack(self, keys: tuple[str, ...]) -> Packing:
-        layouts = Layouts(self.device)
-        groups = {
-            group.name: packed
-            for group in self.groups
-            if (packed := self._pack_group(group, keys, layouts)) is not None
-        }
-        return Packing(keys, groups, self._row_count(keys))
+        pages = [self._pages[key] for key in keys]
+        table = self._table(keys)
 
-    def _pack_group(self, group: GroupSpec, keys: tuple[str, ...], layouts: Layouts) -> PackedGroup | None:
-        found: list[tuple[int, Page | PooledPage]] = []
+        def make_groups() -> dict[str, PackedGroup]:
+            layouts = Layouts(self.device)
+            packed = {group.name: self._pack_group(group, keys, pages, layouts, table) for group in self.groups}
+            return {name: group for name, group in packed.items() if group is not None}
+
+        return Packing(keys, self._row_count(keys), make_groups, table)
+
+    def _table(self, keys: tuple[str, ...]) -> TileTable | None:
+        if not self.tiles:
+            return None
+        rows = torch.stack([self._rows[key] for key in keys]) if keys else torch.zeros(0, len(self._paths), 4).long()
+        starts = accumulate((len(group.modules) for group in self.groups[:-1]), initial=0)
+        return TileTable(rows, tuple(starts), tuple(self._pages[key] for key in keys))
+
+    def _pack_group(
+        self,
+        group: GroupSpec,
+        keys: tuple[str, ...],
+        pages: Sequence[_Pages],
+        layouts: Layouts,
+        table: TileTable | None,
+    ) -> PackedGroup | None:
+        found: list[tuple[int, Page | PooledPage | TilePage]] = []
         owners: list[int] = []
         modules: list[PackedModule] = []
         column = 0
         for path, d_out in group.modules:
             first_row, first_page = len(owners), len(found)
-            for index, key in enumerate(keys):
-                page = self._pages[key].get(path)
+            for index, of_adapter in enumerate(pages):
+                page = of_adapter.get(path)
                 if page is not None:
                     found.append((index, page))
                     owners += [index] * page.rank
@@ -228,17 +264,28 @@ class Bank:
             d_in,
             self.dtype,
             self._pooled(group, found, layouts),
+            None if table is None else self._in_tiles(group, table),
         )
 
+    def _in_tiles(self, group: GroupSpec, table: TileTable) -> TiledGroup:
+        d_outs = [module.d_out for module in group.modules]
+        return TiledGroup(table, mixture_of(group.d_in, d_outs, table.starts[self.groups.index(group)]))
+
     def _pooled(
-        self, group: GroupSpec, found: Sequence[tuple[int, Page | PooledPage]], layouts: Layouts
+        self, group: GroupSpec, found: Sequence[tuple[int, Page | PooledPage | TilePage]], layouts: Layouts
     ) -> PooledGroup | None:
         pages = [(index, page) for index, page in found if isinstance(page, PooledPage)]
         return PooledGroup(self._pools[group.name], layouts.page_table(pages)) if pages else None
 
 
+def can_tile(groups: Sequence[GroupSpec], *, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a bank for these groups can keep its rows in tiles, and this machine multiply them."""
+    shapes = [(group.d_in, [module.d_out for module in group.modules]) for group in groups]
+    return device.type == "cpu" and dtype == torch.bfloat16 and tiles_fit(shapes)
+
+
 def _stacked(
-    pages: Sequence[Page | PooledPage], name: Literal["a", "b", "gate"], empty: Tensor | None = None
+    pages: Sequence[Page | PooledPage | TilePage], name: Literal["a", "b", "gate"], empty: Tensor | None = None
 ) -> Callable[[], Tensor]:
     """Puts the pages' rows one below the other, when asked to; ``empty`` where there are no pages."""
 

@@ -16,6 +16,7 @@ from lorafleet.kernels.packing import PackedGroup
 from lorafleet.kernels.plan import Plan
 from lorafleet.kernels.reference import mixture_reference
 from lorafleet.kernels.segmented import mixture_segmented
+from lorafleet.kernels.tiles import mixture_tiles
 
 
 class MixturePath(Protocol):
@@ -67,6 +68,8 @@ class Dispatcher:
         return plan.once(key, lambda: self._choose(x, group, plan))
 
     def _choose(self, x: Tensor, group: PackedGroup, plan: Plan) -> str:
+        if group.tiled is not None and x.dtype == torch.bfloat16:
+            return "tiles"  # which takes each block's own adapters, as few as any other path, without a copy
         model = self.models.get(x.device.type)
         if model is None:
             return "dense"
@@ -96,6 +99,7 @@ PATHS: dict[str, MixturePath] = {
     "dense": mixture_dense,
     "dense_float32": mixture_dense_float32,
     "segmented": mixture_segmented,
+    "tiles": mixture_tiles,
     "triton": mixture_triton,
     "auto": Dispatcher({"cpu": DEFAULT_MODEL}),
 }
@@ -115,6 +119,9 @@ def mixture_path(name: str = DEFAULT_PATH, *, model: CostModel | None = None) ->
 
 
 def paths_on(device: torch.device | str) -> tuple[str, ...]:
-    """The names of the paths that run on a device: Triton's needs CUDA and an installed Triton."""
+    """The names of the paths that run on a device, whatever the bank: Triton's needs CUDA and an installed Triton.
+
+    Without the tiled path, which needs a bank with tiles.
+    """
     with_triton = torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None
-    return tuple(name for name in PATHS if name != "triton" or with_triton)
+    return tuple(name for name in PATHS if name != "tiles" and (name != "triton" or with_triton))

@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorafleet.kernels.pool import PageTable, PooledGroup, PooledPage, page_table
+from lorafleet.kernels.tile_pages import TiledGroup, TileTable
 
 # Copies for subsets of the active adapters (the segmented path) are forgotten together once they hold this many times
 # the group's own rows: enough for the overlapping mixes of a steady batch, and a small multiple of its memory.
@@ -100,6 +100,8 @@ class PackedGroup:
     dtype: torch.dtype
     pooled: PooledGroup | None = None
     """the same rows at fixed addresses, if the bank has a pool"""
+    tiled: TiledGroup | None = None
+    """the same rows in tile order, if the bank keeps tiles"""
     _subsets: dict[tuple[int, ...], PackedGroup] = field(default_factory=dict)
 
     @cached_property
@@ -235,10 +237,19 @@ def _spans(rows: Iterable[int]) -> list[slice]:
     return spans
 
 
-class Packing(NamedTuple):
-    """The active adapters' rows, contiguous. Groups that no active adapter changes are absent."""
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """The active adapters' rows."""
 
     keys: tuple[str, ...]
-    groups: Mapping[str, PackedGroup]
     rows: int
     """over all groups"""
+    make_groups: Callable[[], Mapping[str, PackedGroup]]
+    """``groups``, when they are first needed"""
+    tiles: TileTable | None = None
+    """where the pages lie, if the bank keeps tiles; the tiled path needs nothing else"""
+
+    @cached_property
+    def groups(self) -> Mapping[str, PackedGroup]:
+        """Contiguous. Groups that no active adapter changes are absent."""
+        return self.make_groups()

@@ -1,0 +1,164 @@
+"""Attention of one packed step in bfloat16 on a processor with a matrix unit: ``native/attention.cpp``.
+
+As :mod:`lorafleet.engine.attention`, over :class:`lorafleet.engine.tile_pages.TilePages`. A layer's call stores the
+step's keys and values, and attends, in one parallel region; for the fused layer it normalises and rotates besides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from array import array
+from collections.abc import Sequence
+from functools import cache as cached
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafleet.engine.attention import Span
+from lorafleet.engine.kv_pages import pages_for
+from lorafleet.engine.tile_pages import TilePages
+from lorafleet.native import library
+
+_UNIT = 32
+"""the head size is a multiple of this: what a tile holds of the dimension that is summed over"""
+
+
+class _Call(ctypes.Structure):
+    """``Call`` of ``native/attention.cpp``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "query", "key", "value", "out", "keys", "values", "cos", "sin", "query_norm", "key_norm",
+        )),
+        *((name, ctypes.c_int64) for name in (
+            "query_row", "query_head", "key_row", "key_head", "value_row", "value_head", "out_row", "window",
+        )),
+        *((name, ctypes.c_float) for name in ("scale", "softcap", "epsilon")),
+        ("threads", ctypes.c_int32),
+    )  # fmt: skip
+
+
+@cached
+def _native() -> Any:
+    """The library with its functions declared."""
+    native = library()
+    assert native is not None, "TileAttention.supports was not asked"
+    native.lorafleet_attention_plan.restype = ctypes.c_void_p
+    native.lorafleet_attention_plan.argtypes = (
+        ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int,
+    )  # fmt: skip
+    native.lorafleet_attention_free.restype = None
+    native.lorafleet_attention_free.argtypes = (ctypes.c_void_p,)
+    native.lorafleet_attention.restype = ctypes.c_int
+    native.lorafleet_attention.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    return native
+
+
+class TileAttention:
+    """Where this step's keys and values go and which of them each token sees. Built once, used by every layer."""
+
+    def __init__(self, spans: Sequence[Span], *, cache: TilePages) -> None:
+        """``spans`` in token order, those of one decoding token first."""
+        self._cache, self._native = cache, _native()
+        bounds, tables = array("q"), array("i")
+        for pages, start, stop in spans:
+            count = pages_for(stop)
+            bounds.extend((start, stop, count))
+            tables.extend(pages[:count])
+        self._spans, self._tables = bounds, tables
+        self._plans: dict[int, int] = {}
+        self._call = _Call(threads=torch.get_num_threads())
+        self._call_at = ctypes.addressof(self._call)
+
+    @staticmethod
+    def supports(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether this machine computes such heads here; :func:`lorafleet.native.why_not` may say why not."""
+        return (
+            device.type == "cpu" and dtype == torch.bfloat16 and head_dim % _UNIT == 0 and library() is not None
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """``query [T, H, D]``, ``key``/``value`` ``[T, K, D]`` → ``[T, H, D]``.
+
+        A token sees itself and the ``window - 1`` tokens before it, all where None. ``softcap`` c makes a score s
+        c · tanh(s / c), as Gemma 2 does (arXiv 2408.00118, section 2). ``scale`` is above 0.
+        """
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        out = torch.empty(query.shape, dtype=torch.bfloat16)
+        call = self._call
+        call.query, call.key, call.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        call.query_row, call.query_head, _ = query.stride()
+        call.key_row, call.key_head, _ = key.stride()
+        call.value_row, call.value_head, _ = value.stride()
+        call.cos = call.sin = call.query_norm = call.key_norm = None
+        self._attend(layer, out, heads=query.shape[1], scale=scale, window=window, softcap=softcap)
+        return out
+
+    def rotated(
+        self,
+        layer: int,
+        qkv: Tensor,
+        *,
+        heads: int,
+        kv_heads: int,
+        cos: Tensor,
+        sin: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        epsilon: float = 0.0,
+        scale: float,
+        window: int | None = None,
+    ) -> Tensor:
+        """``qkv [T, (H + 2 K) · D]``, ``cos`` and ``sin`` ``[1, T, D]`` or ``[T, D]`` → ``[T, H · D]``.
+
+        q and k are normalised by the weights ``[D]``, where given, and rotated; in float32, rounded once.
+        """
+        assert qkv.stride(1) == 1 and cos.is_contiguous() and sin.is_contiguous()
+        size = self._cache.head_dim
+        out = torch.empty((qkv.shape[0], heads * size), dtype=torch.bfloat16)
+        call = self._call
+        at, row = qkv.data_ptr(), qkv.stride(0)
+        call.query, call.key, call.value = at, at + heads * size * 2, at + (heads + kv_heads) * size * 2
+        call.query_row = call.key_row = call.value_row = row
+        call.query_head = call.key_head = call.value_head = size
+        call.cos, call.sin = cos.data_ptr(), sin.data_ptr()
+        call.query_norm = None if q_norm is None else q_norm.data_ptr()
+        call.key_norm = None if k_norm is None else k_norm.data_ptr()
+        call.epsilon = epsilon
+        self._attend(layer, out, heads=heads, scale=scale, window=window, softcap=None)
+        return out
+
+    def _attend(
+        self, layer: int, out: Tensor, *, heads: int, scale: float, window: int | None, softcap: float | None
+    ) -> None:
+        call = self._call
+        call.out, call.out_row = out.data_ptr(), heads * self._cache.head_dim
+        call.keys, call.values = self._cache.addresses[layer]
+        call.scale, call.window, call.softcap = scale, window or 0, softcap or 0.0
+        plan = self._plans.get(heads) or self._plan(heads)
+        if self._native.lorafleet_attention(plan, self._call_at) != 0:
+            raise MemoryError("attention found no memory to work in")
+
+    def _plan(self, heads: int) -> int:
+        spans, tables = self._spans, self._tables
+        plan: int | None = self._native.lorafleet_attention_plan(
+            spans.buffer_info()[0], len(spans) // 3, tables.buffer_info()[0], self._cache.head_dim, heads,
+            self._cache.kv_heads,
+        )  # fmt: skip
+        if plan is None:
+            raise MemoryError("attention found no memory for its plan")
+        weakref.finalize(self, self._native.lorafleet_attention_free, plan)
+        self._plans[heads] = plan
+        return plan

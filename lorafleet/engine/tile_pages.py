@@ -1,0 +1,41 @@
+"""Keys and values in pages, as the matrix unit of a processor reads them.
+
+Per layer ``keys`` are ``[pages, kv_heads, D / 2, P, 2]`` and ``values`` ``[pages, kv_heads, P / 2, D, 2]``, for P =
+PAGE_TOKENS tokens and the head size D: pairs of what is summed over side by side, which is D in the scores and P in the
+products after them. Otherwise as :mod:`lorafleet.engine.kv_pages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lorafleet.engine.kv_pages import PAGE_TOKENS, KvPages
+from lorafleet.native.memory import huge_empty
+
+
+class TilePages:
+    """Storage alone, for bfloat16 on a CPU; :class:`lorafleet.engine.tile_attention.TileAttention` fills it."""
+
+    def __init__(
+        self, *, layers: int, kv_heads: int, head_dim: int, pages: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        assert device.type == "cpu" and dtype == torch.bfloat16 and head_dim % 2 == 0
+        self._data = huge_empty((layers, 2, pages, kv_heads, PAGE_TOKENS * head_dim), dtype)
+        self.pages, self.kv_heads, self.head_dim = pages, kv_heads, head_dim
+        self.keys = [layer[0].view(pages, kv_heads, head_dim // 2, PAGE_TOKENS, 2) for layer in self._data]
+        self.values = [layer[1].view(pages, kv_heads, PAGE_TOKENS // 2, head_dim, 2) for layer in self._data]
+        self.addresses = [(layer[0].data_ptr(), layer[1].data_ptr()) for layer in self._data]
+        """of a layer's keys and of its values"""
+
+    page_bytes = staticmethod(KvPages.page_bytes)
+
+    def copy(self, source: int, destination: int) -> None:
+        """Make one page hold what another holds, in all layers."""
+        self._data[:, :, destination] = self._data[:, :, source]
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Zero pages that get a new owner: a stale NaN would spread even where it is masked."""
+        for page in pages:
+            self._data[:, :, page].zero_()

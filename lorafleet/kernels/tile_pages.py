@@ -1,0 +1,126 @@
+"""Adapters' rows as the matrix unit of a CPU (AMX) reads them, and where they lie.
+
+A page holds one adapter's rows in one module in tile order (``native/mixture.h`` has the layout), with nothing filled
+up. Nothing is copied when the active set changes: a table of the pages' addresses is all that a step needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorafleet.native import library
+from lorafleet.native.linear import INNER, MOST_MODULES, UNIT, Linear
+
+_STRIP = 16
+
+
+class TilePage(NamedTuple):
+    """One adapter's rows in one module; the same attributes as a page of plain rows, which are copies here."""
+
+    a_tiles: Tensor
+    """``[r · d_in]``, and 64 bytes"""
+    b_tiles: Tensor
+    """``[d_out · 2 ⌈r / 2⌉]``"""
+    rank: int
+    d_in: int
+    d_out: int
+    gate: Tensor | None = None
+    """``[d_in]``"""
+
+    @property
+    def a(self) -> Tensor:
+        """``[r, d_in]``"""
+        full = self.rank // _STRIP * _STRIP
+        rows = self.a_tiles[: self.rank * self.d_in]
+        parts = [_a_rows(rows[: full * self.d_in], _STRIP, self.d_in)] if full else []
+        if full < self.rank:
+            parts.append(_a_rows(rows[full * self.d_in :], self.rank - full, self.d_in))
+        return torch.cat(parts)
+
+    @property
+    def b(self) -> Tensor:
+        """``[r, d_out]``"""
+        tiles = self.b_tiles.view(self.d_out // UNIT, -1, UNIT, 2).permute(1, 3, 0, 2)
+        return tiles.reshape(-1, self.d_out)[: self.rank]
+
+    @property
+    def size_bytes(self) -> int:
+        gate = 0 if self.gate is None else self.gate.nbytes
+        return self.a_tiles.nbytes + self.b_tiles.nbytes + gate
+
+
+def tile_page(a: Tensor, b: Tensor) -> TilePage:
+    """``a [r, d_in]`` and ``b [r, d_out]`` in tile order."""
+    rank, d_in = a.shape
+    d_out = b.shape[1]
+    a, b = a.detach().to(torch.bfloat16), b.detach().to(torch.bfloat16)
+    full = rank // _STRIP * _STRIP
+    tiles = torch.zeros(rank * d_in + 32, dtype=torch.bfloat16)
+    if full:
+        tiles[: full * d_in] = _a_strips(a[:full], _STRIP)
+    if full < rank:
+        tiles[full * d_in : rank * d_in] = _a_strips(a[full:], rank - full)
+    even = b if rank % 2 == 0 else torch.cat([b, b.new_zeros(1, d_out)])
+    units = even.reshape(-1, 2, d_out // UNIT, UNIT).permute(2, 0, 3, 1)
+    return TilePage(tiles, units.reshape(-1).contiguous(), rank, d_in, d_out)
+
+
+def _a_strips(rows: Tensor, width: int) -> Tensor:
+    """``[n · width, d_in]`` → flat ``[n][d_in / 32][16 pairs][width][2]``"""
+    return rows.reshape(-1, width, rows.shape[1] // INNER, 16, 2).permute(0, 2, 3, 1, 4).reshape(-1)
+
+
+def _a_rows(tiles: Tensor, width: int, d_in: int) -> Tensor:
+    """Back again."""
+    return tiles.view(-1, d_in // INNER, 16, width, 2).permute(0, 3, 1, 2, 4).reshape(-1, d_in)
+
+
+def tiles_fit(shapes: Sequence[tuple[int, Sequence[int]]]) -> bool:
+    """Whether groups of these shapes, (d_in, d_out of each module), can be laid out in tiles, and multiplied here."""
+    return library() is not None and all(
+        d_in % INNER == 0 and len(d_outs) <= MOST_MODULES and all(d_out % UNIT == 0 for d_out in d_outs)
+        for d_in, d_outs in shapes
+    )
+
+
+def table_row(paths: Sequence[str], pages: Mapping[str, TilePage]) -> Tensor:
+    """Where one adapter's pages lie, for all modules of a model in order: ``[modules, 4]`` int64."""
+    rows = []
+    for path in paths:
+        page = pages.get(path)
+        if page is None:
+            rows.append([0, 0, 0, 0])
+        else:
+            gate = 0 if page.gate is None else page.gate.data_ptr()
+            rows.append([page.a_tiles.data_ptr(), page.b_tiles.data_ptr(), gate, page.rank])
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TileTable:
+    """Where the active adapters' pages lie."""
+
+    rows: Tensor
+    """``[K, modules, 4]`` int64: addresses of a, b and the gate vector, and the rank"""
+    starts: tuple[int, ...]
+    """the first module of each group"""
+    kept: tuple[Mapping[str, object], ...]
+    """the pages, which stay where they are as long as this"""
+
+
+class TiledGroup(NamedTuple):
+    """One group's place in a table."""
+
+    table: TileTable
+    mixture: Linear
+    """without a weight: y is its residual"""
+
+
+def mixture_of(d_in: int, d_outs: Sequence[int], first_module: int) -> Linear:
+    """The mixture of one group alone."""
+    return Linear(None, d_in=d_in, d_outs=d_outs, first_module=first_module)

@@ -1,0 +1,101 @@
+"""The tiled path: products of bfloat16 on a CPU's matrix unit (AMX), each block of 32 tokens with its own adapters.
+
+In the engine the base's product and the mixture are one call (:class:`lorafleet.native.linear.Linear`), which adds
+both in the same float32 sums; :func:`mixture_tiles` is the mixture alone, for other paths to be compared with.
+
+The gated intermediate is rounded once, and the result once for base and mixture together: one rounding less than in a
+merged model, which rounds its weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafleet.kernels.packing import PackedGroup
+from lorafleet.kernels.plan import Plan
+from lorafleet.kernels.tile_pages import TileTable
+from lorafleet.kernels.token_gates import no_gates
+from lorafleet.native.linear import MixtureArguments
+
+BLOCK_TOKENS = 32
+"""that are computed together, with all adapters that one of them may need"""
+
+
+def mixture_tiles(y: Tensor, x: Tensor, group: PackedGroup, plan: Plan) -> None:
+    """Same signature and result as :func:`lorafleet.kernels.reference.mixture_reference`, in bfloat16.
+
+    Raises ValueError for a group of a bank without tiles, and for other dtypes.
+    """
+    tiled = group.tiled
+    if tiled is None:
+        raise ValueError("found a group of a bank without tiles, which the tiled path needs: make the bank with tiles")
+    if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16:
+        raise ValueError(f"found x of {x.dtype} and y of {y.dtype}, expected torch.bfloat16 for the tiled path")
+    tiled.mixture.into(y, x.contiguous(), y, tile_gates(plan, tiled.table).address)
+
+
+@dataclass(frozen=True, eq=False)
+class TileGates:
+    """A plan's gates as the kernel reads them."""
+
+    arguments: MixtureArguments
+    kept: tuple[object, ...]
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.arguments)
+
+
+def tile_gates(plan: Plan, table: TileTable) -> TileGates:
+    """The gates of a plan whose active adapters are the table's; once for each.
+
+    Raises ValueError, which names it, for an adapter that is eligible for a token, has rows in a group, and no gate
+    there.
+    """
+    return plan.once(("tiles", table), lambda: _tile_gates(plan, table))
+
+
+def _tile_gates(plan: Plan, table: TileTable) -> TileGates:
+    tokens, adapters = plan.gates.shape
+    needed, _ = plan.needed()
+    blocks = -(-tokens // BLOCK_TOKENS)
+    padded = torch.zeros(blocks * BLOCK_TOKENS, adapters, dtype=torch.bool)
+    padded[:tokens] = needed
+    of_block = padded.view(blocks, BLOCK_TOKENS, adapters).any(1)
+    starts = torch.zeros(blocks + 1, dtype=torch.int32)
+    starts[1:] = of_block.sum(1).cumsum(0)
+    members = of_block.nonzero()[:, 1].to(torch.int32)
+    kept: list[Tensor] = [plan.gates, starts, members, table.rows]
+    arguments = MixtureArguments(
+        pages=table.rows.data_ptr(),
+        modules=table.rows.shape[1],
+        adapters=adapters,
+        gates=plan.gates.data_ptr(),
+        block_starts=starts.data_ptr(),
+        block_adapters=members.data_ptr(),
+    )
+    if plan.routing is not None:
+        routed, may, top_k, temperature = plan.routing
+        _check_gates(plan, table, may.any(0))
+        eligible = torch.zeros(tokens, adapters, dtype=torch.uint8)
+        eligible[routed] = may.to(torch.uint8)
+        top = torch.zeros(tokens, dtype=torch.int32)
+        top[routed] = top_k[:, 0].to(torch.int32)
+        at = torch.ones(tokens)
+        at[routed] = temperature[:, 0]
+        arguments.eligible, arguments.top_k, arguments.temperature = eligible.data_ptr(), top.data_ptr(), at.data_ptr()
+        kept += [eligible, top, at]
+    return TileGates(arguments, (*kept, table))
+
+
+def _check_gates(plan: Plan, table: TileTable, eligible: Tensor) -> None:
+    stops = (*table.starts[1:], table.rows.shape[1])
+    has_rows, has_gate = table.rows[:, :, 3] > 0, table.rows[:, :, 2] > 0
+    for start, stop in zip(table.starts, stops, strict=True):
+        without = eligible & has_rows[:, start:stop].any(1) & ~has_gate[:, start:stop].any(1)
+        if without.any():
+            raise ValueError(no_gates(plan.active[column] for column in without.nonzero()[:, 0].tolist()))

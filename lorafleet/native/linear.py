@@ -1,0 +1,139 @@
+"""How ``linear.cpp`` is called: its structures, and one function."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafleet.native import library
+
+MOST_MODULES = 8
+"""of a group"""
+INNER = 32
+"""d_in is a multiple of this"""
+UNIT = 16
+"""columns that an adapter's rows are laid out by: every module's d_out is a multiple of it"""
+
+_Pointer, _Long, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+
+class MixtureArguments(ctypes.Structure):
+    """``Mixture`` of ``mixture.h``; whoever fills it keeps the tensors."""
+
+    _fields_ = (
+        ("pages", _Pointer), ("modules", _Long), ("adapters", _Long), ("gates", _Pointer), ("block_starts", _Pointer),
+        ("block_adapters", _Pointer), ("eligible", _Pointer), ("top_k", _Pointer), ("temperature", _Pointer),
+    )  # fmt: skip
+
+
+class _LinearArguments(ctypes.Structure):
+    """``Linear`` of ``linear.cpp``."""
+
+    _fields_ = (
+        ("weight", _Pointer), ("bias", _Pointer), ("norm", _Pointer), ("epsilon", _Float), ("k", _Int), ("n", _Int),
+        ("gated", _Int), ("float_out", _Int), ("modules", _Int), ("first_module", _Int),
+        ("columns", _Int * (MOST_MODULES + 1)),
+    )  # fmt: skip
+
+
+class Linear:
+    """``x [T, d_in]`` → ``x Wᵀ + bias + residual`` and a mixture ``[T, Σ d_out]``, for modules that read one input.
+
+    With ``norm`` x is first divided by its root mean square and multiplied by it (RMSNorm, arXiv 1910.07467). With
+    ``gated`` the second half of the columns is multiplied by silu of the first (SwiGLU, arXiv 2002.05202). All of it
+    is computed in float32 and rounded once.
+    """
+
+    def __init__(
+        self,
+        panels: Tensor | None,
+        *,
+        d_in: int,
+        d_outs: Sequence[int],
+        first_module: int = 0,
+        bias: Tensor | None = None,
+        norm: tuple[Tensor, float] | None = None,
+        gated: bool = False,
+        float_out: bool = False,
+    ) -> None:
+        """``panels`` from :func:`panels_of` (None: the residual and the mixture alone), ``bias [Σ d_out]`` float32,
+        ``norm`` its weight ``[d_in]`` and epsilon, ``first_module`` the group's place among all modules of the mixture.
+        """
+        self._kept = panels, bias, norm  # their addresses are what the kernel knows
+        self.columns = sum(d_outs) // 2 if gated else sum(d_outs)
+        self._dtype = torch.float32 if float_out else torch.bfloat16
+        starts = [sum(d_outs[:index]) for index in range(len(d_outs) + 1)]
+        self._arguments = _LinearArguments(
+            weight=None if panels is None else panels.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            norm=None if norm is None else norm[0].data_ptr(),
+            epsilon=0.0 if norm is None else norm[1],
+            k=d_in,
+            n=sum(d_outs),
+            gated=gated,
+            float_out=float_out,
+            modules=len(d_outs),
+            first_module=first_module,
+            columns=(_Int * (MOST_MODULES + 1))(*starts),
+        )
+        self._call = _function()
+        self._address = ctypes.addressof(self._arguments)
+        # Rows a multiple of 2 KB apart would share few sets of the cache; the next product reads them as columns.
+        self._spare = 32 if self.columns % 1024 == 0 else 0
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, mixture: int | None = None) -> Tensor:
+        """``x [T, d_in]`` bfloat16 with neighbouring columns, ``residual [T, Σ d_out]`` likewise, ``mixture`` the
+        address of :class:`MixtureArguments` for these tokens."""
+        tokens = x.shape[0]
+        if self._spare:
+            y = torch.empty(tokens, self.columns + self._spare, dtype=self._dtype)[:, : self.columns]
+        else:
+            y = torch.empty(tokens, self.columns, dtype=self._dtype)
+        self.into(y, x, residual, mixture)
+        return y
+
+    def into(self, y: Tensor, x: Tensor, residual: Tensor | None, mixture: int | None) -> None:
+        """The same into ``y``, which may be the residual. Raises ValueError for an x that the kernel cannot read."""
+        if x.dtype != torch.bfloat16 or x.stride(1) != 1:
+            raise ValueError(f"found x of {x.dtype}, strides {x.stride()}; expected bfloat16 with neighbouring columns")
+        failed = self._call(
+            self._address, x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), y.stride(0),
+            None if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
+            mixture, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for the product of {x.shape[0]} tokens with {self.columns} columns")
+
+
+def panels_of(weight: Tensor, *, gated: bool = False) -> Tensor:
+    """``weight [N, d_in]`` as :class:`Linear` reads it, ``[panels, d_in / 32, 2, 16, 16, 2]`` bfloat16.
+
+    A panel holds 32 columns of the result, filled up with zeros; where ``gated`` 16 of each half.
+    """
+    columns, d_in = weight.shape
+    if gated:
+        halves = weight.view(2, columns // 32, 16, d_in)
+        rows = halves.transpose(0, 1)
+    else:
+        missing = -columns % 32
+        full = weight if not missing else torch.cat([weight, weight.new_zeros(missing, d_in)])
+        rows = full.reshape(-1, 2, 16, d_in)
+    pairs = rows.reshape(rows.shape[0], 2, 16, d_in // INNER, 16, 2)
+    return pairs.permute(0, 3, 1, 4, 2, 5).to(torch.bfloat16).contiguous()
+
+
+@cache
+def _function() -> Any:
+    loaded = library()
+    assert loaded is not None, "asked for a kernel that this machine does not have"
+    function = loaded.lorafleet_linear
+    function.argtypes = (
+        _Pointer, _Pointer, _Long, _Long, _Pointer, _Long, _Pointer, _Long, _Pointer, ctypes.c_int,
+    )  # fmt: skip
+    function.restype = ctypes.c_int
+    return function

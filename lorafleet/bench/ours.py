@@ -11,7 +11,7 @@ from lorafleet.bench.jobs import Job
 from lorafleet.bench.requests import ASKS, EIGHT, Ask, many_name
 from lorafleet.bench.timing import Runner
 from lorafleet.bench.weights import make_adapter
-from lorafleet.engine import Engine, SamplingParams, TokenMix
+from lorafleet.engine import Engine, Generation, SamplingParams, TokenMix
 
 COLD = "many_cold"
 
@@ -68,6 +68,18 @@ def submit_all(
     ``folders``: adapters that are loaded when the first request needs them.
     """
     sampling = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    return [answer.token_ids for answer in ask_all(engine, asks, prompts, sampling=sampling, folders=folders)]
+
+
+def ask_all(
+    engine: Engine,
+    asks: Sequence[Ask],
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: SamplingParams,
+    folders: dict[str, Path] | None = None,
+) -> list[Generation]:
+    """Submit all requests at once and wait for them; ``folders`` as in :func:`submit_all`."""
     loaded = set(engine.adapters()) if folders else set()
     tickets = []
     for ask, prompt in zip(asks, prompts, strict=True):
@@ -77,7 +89,7 @@ def submit_all(
                 loaded.add(name)
         mix = TokenMix(ask.routed, ask.top_k) if ask.routed else ask.weights
         tickets.append(engine.submit(prompt, mix=mix, sampling=sampling))
-    return [ticket.result().token_ids for ticket in tickets]
+    return [ticket.result() for ticket in tickets]
 
 
 def leave_page_cache(folder: Path) -> None:

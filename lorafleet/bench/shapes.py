@@ -110,7 +110,7 @@ def get_shape(name: str) -> Shape:
 
 
 def reduced(shape: Shape) -> Shape:
-    """The same architecture and widths with two layers and few tokens: what correctness is checked on, in float32.
+    """The same architecture and widths with two layers and few tokens: what correctness is checked on.
 
     Eight requests, so that each of the eight adapters answers one.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.bench import checks
-from lorafleet.bench.checks import check, problem
+from lorafleet.bench.checks import Reference, check, problem, rounding_problem
 from lorafleet.bench.jobs import Job
 from lorafleet.bench.requests import Ask
 from lorafleet.bench.shapes import SHAPES, reduced
@@ -67,6 +67,35 @@ def test_a_wrong_token_is_a_problem_that_says_what_was_expected() -> None:
 def test_a_check_whose_adapters_change_nothing_is_a_problem() -> None:
     found = problem([[3, 4]], [ASK], [PROMPT], reference=counting, bare=counting, device="cpu")
     assert found is not None and "cannot see a wrong adapter" in found
+
+
+def scored_by(model: Reference, *, shift: float = 0.0) -> list[tuple[list[int], list[float]]]:
+    """What a request's tokens would be scored by a model, each log-probability off by ``shift``."""
+    tokens = [4, 2, 3, 4]
+    logprobs = model(ASK, torch.tensor([tokens[:-1]])).double().log_softmax(-1)
+    return [(tokens, [float(row[token]) + shift for row, token in zip(logprobs, tokens[1:], strict=True)])]
+
+
+def nearly_counting(ask: Ask, tokens: Tensor) -> Tensor:
+    """Off by about a hundredth, as rounding is."""
+    return counting(ask, tokens) * 1.01
+
+
+def test_scores_as_near_as_rounding_are_no_problem() -> None:
+    scored = scored_by(nearly_counting)
+    assert rounding_problem(scored, [ASK], reference=counting, rounded=nearly_counting, device="cpu") is None
+
+
+@pytest.mark.parametrize("shift", [0.1, -0.1, float("nan")])
+def test_scores_further_off_than_rounding_are_a_problem(shift: float) -> None:
+    scored = scored_by(counting, shift=shift)
+    found = rounding_problem(scored, [ASK], reference=counting, rounded=nearly_counting, device="cpu")
+    assert found is not None and "expected at most 1.5 times" in found
+
+
+def test_scores_of_another_adapter_are_a_problem() -> None:
+    scored = scored_by(backwards)
+    assert rounding_problem(scored, [ASK], reference=counting, rounded=nearly_counting, device="cpu") is not None
 
 
 @pytest.fixture(scope="module")

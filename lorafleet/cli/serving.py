@@ -45,8 +45,18 @@ def serve(
         str, typer.Option(metavar="HOST:PORT", help="Loopback only; port 0 is a free one.")
     ] = "127.0.0.1:50051",
     device: Annotated[Device, typer.Option(help="auto: CUDA where there is a device.")] = Device.auto,
-    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on CUDA, float32 on a CPU.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 where the device multiplies it.")] = Dtype.auto,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for the model. (default: torch's)")] = None,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Requests that run at a time; others wait.")] = 64,
+    kv_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Keys and values of so many tokens. (default: what free memory allows)")
+    ] = None,
+    adapter_mb: Annotated[
+        int | None, typer.Option(min=1, help="Adapters' rows on the device, MB. (default: a share of what is free)")
+    ] = None,
+    host_mb: Annotated[
+        int | None, typer.Option(min=0, help="Adapters' rows in host memory, MB. (default: a share of what is free)")
+    ] = None,
 ) -> None:
     """Serve mixtures of adapters over gRPC until SIGTERM or SIGINT.
 
@@ -75,7 +85,6 @@ def serve(
         disable_progress_bar()
     if threads is not None:
         torch.set_num_threads(threads)
-    kind = dtype.value if dtype is not Dtype.auto else "bfloat16" if _uses_cuda(device) else "float32"
     with ExitStack() as stack:
         if registry is None or blobs is None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="lorafleet-")))
@@ -83,14 +92,18 @@ def serve(
             _fill(store, base, folders)
         else:
             store = stack.enter_context(Registry.open(registry, blobs))
-        engine = stack.enter_context(Engine.load(base, device=device.value, dtype=kind))
+        loaded = Engine.load(
+            base,
+            device=device.value,
+            dtype=dtype.value,
+            max_sequences=max_sequences,
+            max_batch_tokens=max(max_sequences, 1024),
+            kv_tokens=kv_tokens,
+            adapter_bytes=None if adapter_mb is None else adapter_mb * 10**6,
+            host_bytes=None if host_mb is None else host_mb * 10**6,
+        )
+        engine = stack.enter_context(loaded)
         serve_until_signal(Server(engine, store, ServerConfig(address=grpc)))
-
-
-def _uses_cuda(device: Device) -> bool:
-    import torch
-
-    return device is Device.cuda or (device is Device.auto and torch.cuda.is_available())
 
 
 def _fill(registry: Registry, base: str, folders: list[tuple[str, str]]) -> None:

@@ -131,7 +131,8 @@ class Engine:
             raise InvalidInputError(f"found adapter_bytes {adapter_bytes}, expected at least 1")
         if host_bytes is not None and host_bytes < 0:
             raise InvalidInputError(f"found host_bytes {host_bytes}, expected at least 0")
-        on, as_type = as_device(device), as_dtype(dtype)
+        on = as_device(device)
+        as_type = as_dtype(dtype, on)
         context = MixtureContext(mixture_path())
         loaded = load_base(base, device=on, dtype=as_type, context=context)
         page_bytes = KvPages.page_bytes(

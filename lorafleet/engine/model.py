@@ -20,6 +20,7 @@ from lorafleet.engine.tile_attention import TileAttention
 from lorafleet.errors import InvalidInputError, NotFoundError
 from lorafleet.kernels import GroupSpec
 from lorafleet.kernels.bank import can_tile
+from lorafleet.kernels.dense import library_multiplies_bfloat16
 from lorafleet.native.linear import INNER
 
 # Architectures whose greedy tokens were compared with transformers' own (tests/engine/test_architectures.py): causal
@@ -95,10 +96,14 @@ def as_device(device: str | torch.device) -> torch.device:
         raise InvalidInputError(f"found device {device!r}, expected auto, cpu, cuda or cuda:N") from None
 
 
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def as_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """A torch dtype; "auto" takes bfloat16 where the device multiplies it in hardware, float32 elsewhere."""
+    if dtype == "auto":
+        fast = device.type != "cpu" or library_multiplies_bfloat16()
+        return torch.bfloat16 if fast else torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
-        raise InvalidInputError(f"found dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise InvalidInputError(f"found dtype {dtype!r}, expected auto or one of {', '.join(DTYPES)}")
     return found
 
 

@@ -74,7 +74,7 @@ class Engine:
         self._runner = ModelRunner(base, cache=cache, residency=self._residency, context=context, device=device)
         self._pages = PageAllocator(pages)
         prefixes: Prefixes = SharedPrefixes(self._pages)
-        if device.type == "cpu":
+        if kept_pages:
             prefixes = CopiedPrefixes(self._pages, kept=kept_pages, copy=cache.copy)
         self._scheduler = Scheduler(
             self._pages,
@@ -117,7 +117,8 @@ class Engine:
 
         ``max_sequences`` run at a time, others wait; a step computes at most ``max_batch_tokens`` tokens. Keys and
         values of ``kv_tokens`` tokens are kept, by default as many as the device's free memory allows; more load than
-        that waits. On a CPU a quarter as many again are kept for later requests that begin alike. At most
+        that waits. On a CPU without a matrix unit, and in float32, a quarter as many again are kept for later requests
+        that begin alike. At most
         ``adapter_bytes`` of adapters' rows are on the device and ``host_bytes`` in host memory, by default shares of
         what is free; ``read`` reads an adapter's folder. Raises NotFoundError where the base is missing,
         InvalidInputError where it is not supported.
@@ -145,7 +146,7 @@ class Engine:
             raise InvalidInputError(f"found kv_tokens {kv_tokens}, expected at least 1")
         else:
             pages = pages_for(kv_tokens)
-        kept_pages = int(pages * KEPT_SHARE[on.type])
+        kept_pages = 0 if loaded.tiled_attention else int(pages * KEPT_SHARE[on.type])
         logger.info(
             "%s: keys and values of %d tokens, and of %d kept for later requests, in %.0f MB, up to %d sequences",
             loaded.name, pages * PAGE_TOKENS, kept_pages * PAGE_TOKENS, (pages + kept_pages) * page_bytes / 1e6,

@@ -49,7 +49,7 @@ FENCES = {
 ONLY_IN = {
     "ray": {"coordinator/tree.py", "router_service/deployment.py"},
     "flwr": {"coordinator/server_app.py", "coordinator/flower_grid.py", "clients/app.py"},
-    "triton": {"kernels/triton.py"},
+    "triton": {"kernels/triton.py", "engine/triton_attention.py"},
 }
 
 # All that these parts import beside the standard library: they run where nothing but torch's world is installed.
@@ -57,7 +57,7 @@ THIRD_PARTY = {
     "native": {"torch"},
     "kernels": {"torch", "triton"},
     "adapters": {"torch", "numpy", "safetensors", "transformers"},
-    "engine": {"torch", "transformers"},
+    "engine": {"torch", "transformers", "triton"},
 }
 
 # Where callers find what; a name that moves breaks them.

@@ -2,7 +2,9 @@
 
 Reading folds the scaling (alpha/r, rsLoRA's alpha/√r, ``rank_pattern``, ``alpha_pattern``) into B. Writing gives every
 module ``alpha = r``, so that its scaling is 1 and a reader that ignores the patterns (vLLM does) is still right about
-it. What this format can say and lorafleet does not compute is refused by name, never dropped.
+it. What this format can say and lorafleet does not compute is refused by name, never dropped: every field of
+PEFT's ``LoraConfig`` is read, without effect, or refused (docs/serving.md has the table), and so is a field that is
+in none of these lists.
 
 Gate vectors for token-level routing, which the format has no place for, lie beside its files in ``gates.safetensors``:
 module path → ``[d_in]`` float32. Other readers (peft, vLLM) do not look for that file.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +34,44 @@ GATES_NAME = "gates.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<factor>[AB])\.weight$")
 
+READ = frozenset({
+    "peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias",
+    "init_lora_weights",
+})  # fmt: skip
+# How the factors were found, and which modules have some: the tensors say that. `unsloth_fixed` is Unsloth's mark.
+WITHOUT_EFFECT = frozenset({
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+    "target_modules", "task_type", "unsloth_fixed",
+})  # fmt: skip
+REFUSED = {
+    "use_dora": "DoRA's magnitudes are not a sum of products",
+    "modules_to_save": "whole trained modules are not low-rank",
+    "lora_bias": "a bias on B is not supported",
+    "trainable_token_indices": "trained token embeddings are not supported",
+    "target_parameters": "adapted bare parameters are not supported",
+    "alora_invocation_tokens": "activated LoRA is not supported",
+    "layer_replication": "a base with replicated layers is another base",
+    "use_qalora": "QA-LoRA's inputs are pooled",
+    "use_bdlora": "block-diagonal factors are not supported",
+    "kasa_config": "KaSA changes the base's own weights",
+    "monteclora_config": "factors that are sampled are not supported",
+    "velora_config": "VeLoRA's projections are not read",
+    "arrow_config": "Arrow's routing is not supported; route tokens by gate vectors",
+}
+# The others (pissa, olora, corda, lora_ga, loftq) take something off the base's own weights when PEFT loads them.
+_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
 
 def load_adapter(directory: Path) -> LoraAdapter:
     """Read and verify one adapter; raises NotFoundError or AdapterFormatError with what to do."""
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    refuse_other_weights(directory)
     for path in (config_path, weights_path):
         if not path.is_file():
             raise NotFoundError(f"{path} is missing: {directory} is no adapter folder in PEFT format")
-    try:
-        config = json.loads(config_path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterFormatError(f"{config_path} is not JSON ({error}); export the adapter again") from None
-    if not isinstance(config, dict):
-        raise AdapterFormatError(f"{config_path} holds a {type(config).__name__}, expected an object; export it again")
+    config = read_config(config_path)
     refuse_unsupported(config, config_path)
     modules = fold(read_factors(weights_path), config, config_path)
     base = str(config.get("base_model_name_or_path") or "")
@@ -55,29 +83,55 @@ def load_adapter(directory: Path) -> LoraAdapter:
         raise AdapterFormatError(f"{gates_path}: {error}") from None
 
 
+def refuse_other_weights(directory: Path) -> None:
+    """Raise AdapterFormatError for weights that are there in a form that is not read."""
+    if (directory / WEIGHTS_NAME).is_file():
+        return
+    for pattern, reason in (
+        ("adapter_model.bin", "a pickle, which may run code when it is read"),
+        ("adapter_model*-of-*.safetensors", "one of several parts"),
+    ):
+        for path in sorted(directory.glob(pattern)):
+            raise AdapterFormatError(f"found {path}: {reason}; save the adapter as one {WEIGHTS_NAME}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration as it is written; raises AdapterFormatError where it is no JSON object."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # also bytes that are no text, and endless digits
+        raise AdapterFormatError(f"{path} is not JSON ({error}); export the adapter again") from None
+    if not isinstance(config, dict):
+        raise AdapterFormatError(f"{path} holds a {type(config).__name__}, expected an object; export it again")
+    return config
+
+
 def refuse_unsupported(config: dict[str, Any], where: Path) -> None:
+    """Raise AdapterFormatError with the reason for what would be computed wrongly."""
     if config.get("peft_type") != "LORA":
         raise AdapterFormatError(f"{where}: found peft_type {config.get('peft_type')!r}, expected 'LORA'")
-    refused = {
-        "use_dora": "DoRA's magnitudes are not a sum of products",
-        "modules_to_save": "whole trained modules are not low-rank",
-        "lora_bias": "a bias on B is not supported",
-        "trainable_token_indices": "trained token embeddings are not supported",
-        "target_parameters": "adapted bare parameters are not supported",
-        "alora_invocation_tokens": "activated LoRA is not supported",
-        "layer_replication": "a base with replicated layers is another base",
-    }
-    for key, reason in refused.items():
+    for key, reason in REFUSED.items():
         if config.get(key):
             raise AdapterFormatError(f"{where}: {key} is set: {reason}; train or export the adapter without it")
     if config.get("bias", "none") != "none":
         raise AdapterFormatError(
             f"{where}: bias is {config['bias']!r}, expected 'none'; trained biases are not supported"
         )
+    if config.get("init_lora_weights") not in _KEEPS_BASE:
+        raise AdapterFormatError(
+            f"{where}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base's own weights; "
+            "save the adapter with PEFT's path_initial_model_for_weight_conversion, as an update of the base as it was"
+        )
+    known = READ | WITHOUT_EFFECT | set(REFUSED)
+    if unknown := sorted(key for key, value in config.items() if value and key not in known):
+        raise AdapterFormatError(
+            f"{where}: found {', '.join(unknown)}, which lorafleet does not know; delete it there if it changes "
+            "nothing in what the adapter computes"
+        )
 
 
 def read_factors(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Module path → {"A": …, "B": …}, float32, as stored."""
+    """Module path → {"A": …, "B": …}, float32, in memory of their own: a file that is overwritten changes nothing."""
     factors: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -85,11 +139,16 @@ def read_factors(path: Path) -> dict[str, dict[str, Tensor]]:
                 match = _KEY.match(key)
                 if match is None:
                     raise AdapterFormatError(
-                        f"{path}: found tensor {key!r}, expected only *.lora_A.weight and *.lora_B.weight"
+                        f"{path}: found tensor {key!r}, expected only *.lora_A.weight and *.lora_B.weight of linear "
+                        "layers; embeddings, biases and whole layers are not supported: train or export without them"
                     )
-                module = match["path"].removeprefix(_PREFIX)
-                factors.setdefault(module, {})[match["factor"]] = file.get_tensor(key).to(torch.float32)
-    except SafetensorError as error:
+                tensor, module = file.get_tensor(key), match["path"].removeprefix(_PREFIX)
+                if not tensor.is_floating_point():
+                    raise AdapterFormatError(f"{path}: {key} is {tensor.dtype}, expected floating-point numbers")
+                if match["factor"] in factors.setdefault(module, {}):
+                    raise AdapterFormatError(f"{path}: found factor {match['factor']} of {module} twice")
+                factors[module][match["factor"]] = tensor.to(torch.float32, copy=True)
+    except (SafetensorError, OSError) as error:
         raise AdapterFormatError(f"{path} is damaged or truncated ({error}); copy or export it again") from None
     for module, pair in factors.items():
         if set(pair) != {"A", "B"}:
@@ -103,7 +162,7 @@ def read_gates(path: Path) -> dict[str, Tensor]:
     """Module path → gate vector, float32, as stored."""
     try:
         with safe_open(path, framework="pt") as file:
-            gates = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            gates = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(f"{path} is damaged or truncated ({error}); copy or export it again") from None
     if not gates:
@@ -115,7 +174,7 @@ def read_gates(path: Path) -> dict[str, Tensor]:
 
 
 def fold(factors: dict[str, dict[str, Tensor]], config: dict[str, Any], where: Path) -> dict[str, LoraPair]:
-    """Multiply each B by its module's scaling; the rank is the tensor's, alpha the config's."""
+    """Multiply each B by its module's scaling; the configuration's alpha, and the tensor's rank, which it agrees to."""
     modules: dict[str, LoraPair] = {}
     for path, pair in factors.items():
         a, b = pair["A"], pair["B"]
@@ -124,7 +183,12 @@ def fold(factors: dict[str, dict[str, Tensor]], config: dict[str, Any], where: P
                 f"{where}: {path} has A {list(a.shape)} and B {list(b.shape)}, expected [r, d_in] and [d_out, r]"
             )
         rank = a.shape[0]
-        alpha = float(match_pattern(path, config.get("alpha_pattern") or {}, config.get("lora_alpha") or 8))
+        stated = look_up(path, config, "rank_pattern", config.get("r", rank), where)
+        if stated != rank:
+            raise AdapterFormatError(
+                f"{where}: {path} has rank {rank}, r or rank_pattern says {stated:g}; export it again"
+            )
+        alpha = look_up(path, config, "alpha_pattern", config.get("lora_alpha", 8), where)
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
         # Where nothing is scaled the stored bits are kept, so that a digest survives the round trip.
         modules[path] = LoraPair(a, b if scaling == 1.0 else b * scaling)
@@ -132,6 +196,18 @@ def fold(factors: dict[str, dict[str, Tensor]], config: dict[str, Any], where: P
         return dict(LoraAdapter(modules).modules)
     except InvalidInputError as error:
         raise AdapterFormatError(f"{where}: {error}") from None
+
+
+def look_up(path: str, config: dict[str, Any], name: str, default: Any, where: Path) -> float:
+    """A module's number by the pattern of this name, or the default; raises AdapterFormatError where it is none."""
+    pattern = config.get(name) or {}
+    try:
+        value = match_pattern(path, pattern, default)
+    except (re.error, AttributeError) as error:
+        raise AdapterFormatError(f"{where}: {name} is {pattern!r}, expected regular expressions ({error})") from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise AdapterFormatError(f"{where}: found {value!r} by r, lora_alpha or {name} for {path}, expected a number")
+    return float(value)
 
 
 def match_pattern(path: str, pattern: dict[str, Any], default: Any) -> Any:

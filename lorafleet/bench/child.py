@@ -6,13 +6,17 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import torch
 
+from lorafleet.bench.bandwidth import memory_bytes_per_s
 from lorafleet.bench.jobs import Answer, Job
+from lorafleet.bench.kernels import device_clock
 from lorafleet.bench.prompts import make_prompts
+from lorafleet.bench.rows import WEIGHT_BOUND
 from lorafleet.bench.timing import Runner, measure, nothing
 
 # A peer's process never loads our engine.
@@ -37,7 +41,7 @@ def answer(job: Job) -> Answer:
     if job.task == "prepare":
         from lorafleet.bench.weights import prepare
 
-        prepare(job.work, job.shape)
+        prepare(job.work, job.shape, device=job.device)
         return Answer(device)
     if job.task == "check":
         from lorafleet.bench.checks import check
@@ -45,12 +49,15 @@ def answer(job: Job) -> Answer:
         return Answer(device, problem=check(job))
     timing = measure(
         load_runner(job),
-        make_prompts(job.shape, seed=job.seed),
-        new_tokens=job.shape.load.new_tokens,
+        make_prompts(replace(job.shape, load=job.load), seed=job.seed),
+        new_tokens=job.load.new_tokens,
         clock=time.perf_counter,
         synchronise=torch.cuda.synchronize if job.device == "cuda" else nothing,
     )
-    return Answer(device, timing=timing._asdict())
+    per_s = None
+    if job.device == "cuda" and job.name in WEIGHT_BOUND:
+        per_s = memory_bytes_per_s("cuda", clock=device_clock("cuda"))
+    return Answer(device, timing=timing._asdict(), memory_bytes_per_s=per_s)
 
 
 def main(job_file: str, answer_file: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -27,6 +27,14 @@ class Job:
     threads: int
     seed: int
     """of the prompts"""
+    requests: int | None = None
+    """in the place of as many as the shape's load has; the weights are those of the shape all the same"""
+
+    @property
+    def load(self) -> Load:
+        """What is submitted."""
+        load = self.shape.load
+        return load if self.requests is None else replace(load, requests=self.requests)
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "work": str(self.work)})
@@ -50,6 +58,8 @@ class Answer(NamedTuple):
     """what a check found; None where all is well"""
     versions: dict[str, str] | None = None
     """of libraries that only this child has"""
+    memory_bytes_per_s: float | None = None
+    """that the device reads and writes; of rows on a GPU that are compared with the reading of the weights"""
 
 
 RunJob: TypeAlias = Callable[[Job], Answer]

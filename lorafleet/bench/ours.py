@@ -13,12 +13,12 @@ from lorafleet.bench.timing import Runner
 from lorafleet.bench.weights import make_adapter
 from lorafleet.engine import Engine, Generation, SamplingParams, TokenMix
 
-COLD = "many_cold"
+MANY, COLD = "many", "many_cold"
 
 
 def our_runner(job: Job) -> Runner:
     """The engine for one of our rows. Of a cold row it knows no adapter before a request needs it."""
-    asks = ASKS[job.name](job.shape.load)
+    asks = ASKS[job.name](job.load)
     engine = open_engine(job, dtype="bfloat16")
     cold = job.name == COLD
     folders = {name: adapter_folder(job.work, job.shape, name) for ask in asks for name in ask.uses} if cold else {}
@@ -37,7 +37,7 @@ def our_runner(job: Job) -> Runner:
 
 def open_engine(job: Job, *, dtype: str) -> Engine:
     """An engine with room for all requests at once, and the adapters that the row knows beforehand."""
-    requests = job.shape.load.requests
+    requests = job.load.requests
     engine = Engine.load(
         base_folder(job.work, job.shape),
         device=job.device,
@@ -45,13 +45,16 @@ def open_engine(job: Job, *, dtype: str) -> Engine:
         max_sequences=requests,
         max_batch_tokens=max(requests, 1024),
     )
-    used = {name for ask in ASKS[job.name](job.shape.load) for name in ask.uses}
+    used = {name for ask in ASKS[job.name](job.load) for name in ask.uses}
     if used.intersection(EIGHT):
         for name in EIGHT:
             engine.add_adapter(name, adapter_folder(job.work, job.shape, name))
-    elif used and job.name != COLD:
-        for number in range(job.shape.load.registered):
+    elif job.name == MANY:
+        for number in range(job.load.registered):
             engine.add_adapter(many_name(number), make_adapter(job.shape, many_name(number)))
+    elif job.name != COLD:
+        for name in sorted(used):
+            engine.add_adapter(name, make_adapter(job.shape, name))
     return engine
 
 

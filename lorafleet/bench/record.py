@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lorafleet.bench.floor import Work
+from lorafleet.bench.floor import Work, base_bytes
 from lorafleet.bench.machine import Commit
-from lorafleet.bench.results import RowResult, all_figures, decode_s, floors, ratios
+from lorafleet.bench.results import RowResult, all_figures, decode_s, floors, ratios, weight_floors
 from lorafleet.bench.shapes import Shape
 from lorafleet.errors import InvalidInputError
 
@@ -62,6 +62,12 @@ def make_record(
         "ratios": [ratio._asdict() for ratio in ratios(found)],
         "floors": {
             name: {**floor._asdict(), "work": floor.work._asdict()} for name, floor in floors(found, works).items()
+        },
+        "weight_floors": {
+            name: floor._asdict()
+            for name, floor in weight_floors(
+                results, step_bytes=base_bytes(shape), new_tokens=shape.load.new_tokens
+            ).items()
         },
     }
 

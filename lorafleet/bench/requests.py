@@ -13,6 +13,11 @@ RANKS = (8, 16, 32, 64, 8, 16, 32, 64)
 EIGHT = tuple(f"a{number}" for number in range(len(RANKS)))
 MANY_RANK = 8
 ZIPF_SEED = 5
+EVEN = tuple(f"e{number}" for number in range(64))
+"""Adapters of rank 16; the first eight of them, or all."""
+UNEVEN = tuple(f"u{number}" for number in range(64))
+"""Adapters of the ranks of the eight, in turn."""
+EVEN_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,12 @@ def _mix2(load: Load) -> list[Ask]:
     return [Ask({EIGHT[i % 8]: 0.7, EIGHT[(i + 1) % 8]: 0.3}) for i in range(load.requests)]
 
 
+def _pairs(names: tuple[str, ...]) -> Callable[[Load], list[Ask]]:
+    """Two neighbours of these for each request, in turn."""
+    count = len(names)
+    return lambda load: [Ask({names[i % count]: 0.7, names[(i + 1) % count]: 0.3}) for i in range(load.requests)]
+
+
 def _token_top2(load: Load) -> list[Ask]:
     return [Ask(routed=EIGHT, top_k=2)] * load.requests
 
@@ -64,8 +75,12 @@ def _many(load: Load) -> list[Ask]:
 
 ASKS: dict[str, Callable[[Load], list[Ask]]] = {
     "base": _base,
+    "base_alone": _base,
     "single": _single,
     "mix2": _mix2,
+    "mix2_even8": _pairs(EVEN[:8]),
+    "mix2_even64": _pairs(EVEN),
+    "mix2_uneven64": _pairs(UNEVEN),
     "token_top2": _token_top2,
     "many": _many,
     "many_cold": _many,
@@ -79,4 +94,5 @@ def adapter_ranks() -> dict[str, int]:
 
 def rank_of(name: str) -> int:
     """The rank of any adapter of the benchmark."""
-    return adapter_ranks().get(name, MANY_RANK)
+    ranks = adapter_ranks() | dict.fromkeys(EVEN, EVEN_RANK) | {u: RANKS[i % 8] for i, u in enumerate(UNEVEN)}
+    return ranks.get(name, MANY_RANK)

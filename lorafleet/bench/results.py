@@ -24,6 +24,8 @@ class RowResult:
     """why there are no figures"""
     timings: list[Timing] = field(default_factory=list)
     """one for each repeat"""
+    memory_bytes_per_s: float | None = None
+    """of the device, by a copy; where the row is compared with the reading of the weights"""
 
 
 class Figures(NamedTuple):
@@ -47,6 +49,13 @@ class Floor(NamedTuple):
     share: float
     """floor : ours; below 1 we are slower than the floor"""
     work: Work
+
+
+class WeightFloor(NamedTuple):
+    floor_s: float
+    """in which a copy moves as many bytes as the row's decoding reads weights"""
+    share: float
+    """floor : ours; below 1 we are slower than the floor"""
 
 
 def decode_s(timing: Timing) -> float:
@@ -80,6 +89,17 @@ def ratios(found: Mapping[str, Figures]) -> list[Ratio]:
                 there = [max(there, key=lambda peer: found[peer].tokens_per_s)]
             pairs.extend((ours, peer) for peer in there)
     return [Ratio(of, to, found[of].tokens_per_s / found[to].tokens_per_s) for of, to in pairs]
+
+
+def weight_floors(results: Sequence[RowResult], *, step_bytes: int, new_tokens: int) -> dict[str, WeightFloor]:
+    """Of the measured rows whose device's memory was timed; each token but the first is a step that reads weights."""
+    found = all_figures(results)
+    least = {
+        result.row.name: (new_tokens - 1) * step_bytes / result.memory_bytes_per_s
+        for result in results
+        if result.row.name in found and result.memory_bytes_per_s is not None
+    }
+    return {name: WeightFloor(seconds, seconds / found[name].decode_s) for name, seconds in least.items()}
 
 
 def floors(found: Mapping[str, Figures], works: Mapping[str, Work]) -> dict[str, Floor]:

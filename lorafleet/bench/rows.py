@@ -17,6 +17,10 @@ class Row:
     kind: Literal["ours", "peer"]
     check: str | None = None
     """the correctness check (of ``checks.CHECKS``) without which this row is not timed"""
+    requests: int | None = None
+    """in the place of as many as the shape's load has"""
+    gpu: bool = False
+    """whether it answers a question about GPUs: on a CPU it is run where it is asked for by name"""
 
 
 ROWS: dict[str, Row] = {
@@ -28,14 +32,20 @@ ROWS: dict[str, Row] = {
         Row("vllm", "peer"),
         Row("vllm_lora", "peer"),
         Row("base", "ours", "base"),
+        Row("base_alone", "ours", "base", requests=1, gpu=True),
         Row("single", "ours", "single"),
         Row("mix2", "ours", "mix2"),
+        Row("mix2_even8", "ours", "mix2", gpu=True),
+        Row("mix2_even64", "ours", "mix2", gpu=True),
+        Row("mix2_uneven64", "ours", "mix2", gpu=True),
         Row("token_top2", "ours", "token_top2"),
         Row("many", "ours", "single"),
         Row("many_cold", "ours", "single"),
     )
 }
 VLLM_ROWS = ("vllm", "vllm_lora")
+WEIGHT_BOUND = ("base", "base_alone")
+"""Rows whose decoding is compared, on a GPU, with the time that reading the weights once a step takes."""
 
 COMPARED = {"base": ("generate", "transformers_cb", "vllm"), "single": ("peft", "vllm_lora")}
 """Our row → the peers that do the same."""
@@ -50,15 +60,17 @@ class Selection(NamedTuple):
     """row → why it cannot run here"""
 
 
-def select(wanted: Sequence[str] | None, *, vllm: bool) -> Selection:
-    """The rows that were asked for (None: all), without those that cannot run; ``vllm``: its Python is known.
+def select(wanted: Sequence[str] | None, *, vllm: bool, cuda: bool = False) -> Selection:
+    """The rows that were asked for (None: all that belong to the device), without those that cannot run.
+
+    ``vllm``: its Python is known. ``cuda``: the rows run on a GPU.
 
     Raises UnknownNameError for a name that is no row's, InvalidInputError where nothing is left.
     """
     for name in wanted if wanted is not None else ():
         if name not in ROWS:
             raise UnknownNameError("row", name, ROWS)
-    chosen = [row for row in ROWS.values() if wanted is None or row.name in wanted]
+    chosen = [row for row in ROWS.values() if (cuda or not row.gpu if wanted is None else row.name in wanted)]
     left_out: dict[str, str] = {}
     for row in chosen:
         if row.name in VLLM_ROWS and not vllm:

@@ -56,12 +56,12 @@ def run_rows(settings: Settings, *, run_job: RunJob, say: Callable[[str], None])
     """
     device, versions = "", dict[str, str]()
 
-    def ask(task: Task, name: str, shape: Shape, seed: int) -> Answer:
+    def ask(task: Task, name: str, shape: Shape, seed: int, requests: int | None = None) -> Answer:
         nonlocal device
         answer = run_job(
             Job(
                 task=task, name=name, shape=shape, work=settings.work, device=settings.device,
-                threads=settings.threads, seed=seed,
+                threads=settings.threads, seed=seed, requests=requests,
             )
         )  # fmt: skip
         device = device or answer.device
@@ -90,9 +90,10 @@ def run_rows(settings: Settings, *, run_job: RunJob, say: Callable[[str], None])
                 continue
             say(f"repeat {repeat + 1} of {settings.repeats}: {result.row.name}")
             try:
-                timing = ask("time", result.row.name, settings.shape, repeat).timing
-                assert timing is not None
-                result.timings.append(Timing(**timing))
+                answer = ask("time", result.row.name, settings.shape, repeat, result.row.requests)
+                assert answer.timing is not None
+                result.timings.append(Timing(**answer.timing))
+                result.memory_bytes_per_s = answer.memory_bytes_per_s
             except UnavailableError as error:
                 result.status, result.reason = "failed", _first_line(error)
                 logger.warning("%s", error)

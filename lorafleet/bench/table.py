@@ -36,5 +36,9 @@ def lines(record: Mapping[str, Any]) -> list[list[str]]:
 
 
 def notes(record: Mapping[str, Any]) -> list[str]:
-    """What became of the rows that have no figures."""
-    return [f"{row['name']}: {row['status']}: {row['reason']}" for row in record["rows"] if row["median"] is None]
+    """What became of the rows that have no figures, and how close others come to reading the weights."""
+    without = [f"{row['name']}: {row['status']}: {row['reason']}" for row in record["rows"] if row["median"] is None]
+    return without + [
+        f"{name}: decoding at {floor['share']:.2f} of the floor of reading the weights in every step"
+        for name, floor in record["weight_floors"].items()
+    ]

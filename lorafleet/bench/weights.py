@@ -12,6 +12,7 @@ import torch
 
 from lorafleet.adapters import LoraAdapter, LoraPair
 from lorafleet.bench.cache import adapter_folder, base_folder, folder_of
+from lorafleet.bench.jobs import Device
 from lorafleet.bench.prompts import FIRST_PLAIN_TOKEN
 from lorafleet.bench.requests import ASKS, EIGHT, rank_of
 from lorafleet.bench.shapes import SHARED_INPUT, Shape, projections
@@ -19,13 +20,16 @@ from lorafleet.bench.shapes import SHARED_INPUT, Shape, projections
 B_STD = 0.02
 
 
-def prepare(work: Path, shape: Shape) -> None:
-    """Make what is not there yet; a folder that was left half done is made again."""
+def prepare(work: Path, shape: Shape, *, device: Device = "cpu") -> None:
+    """Make what is not there yet; a folder that was left half done is made again.
+
+    ``device`` draws the base's numbers: 8 billion take minutes on a CPU. Another device draws others.
+    """
     if folder_of(work, shape).exists():
         return
     part = work / "part"
     shutil.rmtree(part, ignore_errors=True)
-    make_base(shape, base_folder(part, shape))
+    make_base(shape, base_folder(part, shape), device=device)
     used = {name for ask in ASKS["many_cold"](shape.load) for name in ask.uses}
     for name in [*EIGHT, *sorted(used)]:
         make_adapter(shape, name).save(adapter_folder(part, shape, name))
@@ -33,7 +37,7 @@ def prepare(work: Path, shape: Shape) -> None:
     part.rmdir()
 
 
-def make_base(shape: Shape, folder: Path) -> None:
+def make_base(shape: Shape, folder: Path, *, device: Device = "cpu") -> None:
     """A Llama in bfloat16 without an end-of-text token in its configuration, so that no peer ends a request early."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -50,7 +54,8 @@ def make_base(shape: Shape, folder: Path) -> None:
         eos_token_id=None,
         pad_token_id=0,
     )
-    with torch.random.fork_rng(devices=[]):
+    cuda = range(torch.cuda.device_count() if device == "cuda" else 0)
+    with torch.random.fork_rng(devices=cuda), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)

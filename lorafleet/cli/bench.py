@@ -58,7 +58,7 @@ def engine(
     if vllm_python is not None and not vllm_python.is_file():
         raise typer.BadParameter(f"--vllm-python: found no file at {vllm_python}, expected a Python that has vLLM")
     asked = None if rows is None else [name.strip() for name in rows.split(",") if name.strip()]
-    found, selection = get_shape(shape), select(asked, vllm=vllm_python is not None)
+    found, selection = get_shape(shape), select(asked, vllm=vllm_python is not None, cuda=device is Device.cuda)
     with ExitStack() as stack:
         # Leave through the clean-up, so that no row's process and no weights stay behind.
         before = signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
@@ -99,6 +99,14 @@ def kernels(
     fit: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Fit a cost model to the measurements, and write it here.")
     ] = None,
+    floor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S|M|8B|tiny",
+            help="Instead: decoding at batch 64 with two adapters a request, at the shapes of this base, against the "
+            "bytes that it has to move.",
+        ),
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Time every kernel path on workloads of many kinds, and say how far each is from the fastest.
@@ -117,6 +125,11 @@ def kernels(
     if fit is not None and not fit.absolute().parent.is_dir():
         raise typer.BadParameter(f"--fit: found no folder {fit.absolute().parent}, expected one to write to")
     torch.set_num_threads(threads or cores())
+    if floor is not None:
+        if fit is not None:
+            raise typer.BadParameter("--floor: found --fit as well, expected one of them; they are two measurements")
+        _floor(floor, device, json=json)
+        return
     measurements = list(bench_kernels(all_workloads(), device=device.value))
     model = DEFAULT_MODEL if device is Device.cpu else None
     if fit is not None:
@@ -135,6 +148,22 @@ def kernels(
         print_table(
             ["dtype", "path", "fastest in", ": fastest", "at worst"],
             [(p.dtype, p.path, f"{p.fastest} of {p.workloads}", p.mean_ratio, p.worst_ratio) for p in found],
+        )
+
+
+def _floor(shape: str, device: Device, *, json: bool) -> None:
+    from lorafleet.bench.byte_floor import bench_floor, cases
+    from lorafleet.bench.shapes import get_shape
+    from lorafleet.kernels import paths_on
+
+    paths = ["dense", *(name for name in paths_on(device.value) if name == "triton")]
+    found = list(bench_floor(list(cases(get_shape(shape))), paths=paths, device=device.value))
+    if json:
+        print_json([{**result._asdict(), "ratio": result.ratio} for result in found])
+    else:
+        print_table(
+            ["adapters", "group", "path", "µs", "floor µs", ": floor", "launches"],
+            [(r.adapters, r.group, r.path, r.us, r.floor_us, r.ratio, r.launches or "-") for r in found],
         )
 
 

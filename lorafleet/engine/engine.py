@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from lorafleet.adapters import LoraAdapter
+from lorafleet.engine.block_attention import BlockAttention
+from lorafleet.engine.block_pages import BlockPages
+from lorafleet.engine.graphs import CudaCapture
 from lorafleet.engine.kv_pages import PAGE_TOKENS, KvPages, pages_for
-from lorafleet.engine.memory import KEPT_SHARE, default_adapter_bytes, default_host_bytes, kv_pages
+from lorafleet.engine.memory import KEPT_SHARE, default_adapter_bytes, default_host_bytes, kv_pages, pool_pages
 from lorafleet.engine.mixture_linear import MixtureContext
 from lorafleet.engine.model import LoadedBase, as_device, as_dtype, load_base
 from lorafleet.engine.page_allocator import PageAllocator
@@ -29,6 +32,8 @@ from lorafleet.engine.tiers import Read, Tiers
 from lorafleet.engine.tile_pages import TilePages
 from lorafleet.errors import InvalidInputError
 from lorafleet.kernels import Bank, mixture_path
+from lorafleet.kernels.bank import pool_page_bytes
+from lorafleet.kernels.pool import PAGE_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +54,15 @@ class Engine:
         max_batch_tokens: int,
         pages: int,
         kept_pages: int,
+        pool_pages: int | None,
         adapter_bytes: int,
         host_bytes: int,
         read: Read,
     ) -> None:
         """Use :meth:`load`."""
         self._base = base
-        cache = (TilePages if base.tiled_attention else KvPages)(
+        blocks = BlockAttention.supports(device)
+        cache = (TilePages if base.tiled_attention else BlockPages if blocks else KvPages)(
             layers=base.layers,
             kv_heads=base.kv_heads,
             head_dim=base.head_dim,
@@ -63,8 +70,9 @@ class Engine:
             device=device,
             dtype=base.dtype,
         )
+        bank = Bank(base.groups, device=device, dtype=base.dtype, tiles=base.tiled, pool_pages=pool_pages)
         tiers = Tiers(
-            Bank(base.groups, device=device, dtype=base.dtype, tiles=base.tiled),
+            bank,
             device_bytes=adapter_bytes,
             host_bytes=host_bytes,
             read=read,
@@ -72,6 +80,9 @@ class Engine:
         )
         self._residency = Residency(base, tiers)
         self._runner = ModelRunner(base, cache=cache, residency=self._residency, context=context, device=device)
+        if blocks:
+            most_pages = min(pages, pages_for(base.context_tokens))
+            self._runner.use_graphs(bank, CudaCapture(device), max_sequences=max_sequences, most_pages=most_pages)
         self._pages = PageAllocator(pages)
         prefixes: Prefixes = SharedPrefixes(self._pages)
         if kept_pages:
@@ -118,10 +129,9 @@ class Engine:
         ``max_sequences`` run at a time, others wait; a step computes at most ``max_batch_tokens`` tokens. Keys and
         values of ``kv_tokens`` tokens are kept, by default as many as the device's free memory allows; more load than
         that waits. On a CPU without a matrix unit, and in float32, a quarter as many again are kept for later requests
-        that begin alike. At most
-        ``adapter_bytes`` of adapters' rows are on the device and ``host_bytes`` in host memory, by default shares of
-        what is free; ``read`` reads an adapter's folder. Raises NotFoundError where the base is missing,
-        InvalidInputError where it is not supported.
+        that begin alike. At most ``adapter_bytes`` of adapters' rows (on CUDA a pool of whole pages, taken at once) are
+        on the device and ``host_bytes`` in host memory, by default shares of what is free; ``read`` reads an adapter's
+        folder. Raises NotFoundError where the base is missing, InvalidInputError where it is not supported.
         """
         if not 1 <= max_sequences <= max_batch_tokens:
             raise InvalidInputError(
@@ -154,6 +164,11 @@ class Engine:
         )  # fmt: skip
         adapter_bytes = default_adapter_bytes(on) if adapter_bytes is None else adapter_bytes
         host_bytes = default_host_bytes() if host_bytes is None else host_bytes
+        pool = None
+        if BlockAttention.supports(on):  # whose kernels for mixtures read adapters at fixed addresses
+            pool = pool_pages(loaded.groups, dtype=loaded.dtype, adapter_bytes=adapter_bytes)
+            adapter_bytes = pool * pool_page_bytes(loaded.groups, loaded.dtype)
+            logger.info("%s: a pool of %d pages of %d ranks for each module", loaded.name, pool, PAGE_ROWS)
         logger.info(
             "%s: room for %.0f MB of adapters on %s, for %.0f MB in host memory",
             loaded.name, adapter_bytes / 1e6, on, host_bytes / 1e6,
@@ -166,6 +181,7 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             pages=pages,
             kept_pages=kept_pages,
+            pool_pages=pool,
             adapter_bytes=adapter_bytes,
             host_bytes=host_bytes,
             read=read,
@@ -223,7 +239,11 @@ class Engine:
         weight out of range, or for a mix that the device has no room for; NotFoundError for an adapter that is not
         loaded. The result raises UnavailableError where an adapter cannot be read again from its folder.
         """
-        sampling = sampling or SamplingParams()
+        sampling = SamplingParams() if sampling is None else sampling
+        if not isinstance(sampling, SamplingParams):
+            raise InvalidInputError(f"found {sampling!r} as sampling, expected SamplingParams")
+        if not isinstance(salt, str) or not _is_text(salt):
+            raise InvalidInputError(f"found {salt!r} as salt, expected a text")  # it would fail in the step, for all
         sampling.check_vocabulary(self._base.vocabulary)
         tokens = self._encode(prompt)
         request = Request(
@@ -336,17 +356,21 @@ class Engine:
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
+            if not _is_text(prompt):
+                raise InvalidInputError("the prompt holds half a character (a lone surrogate), expected text")
             tokenizer = self._base.tokenizer
             text: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
             if not prompt:
                 raise InvalidInputError("the prompt is empty, expected at least one character")
             tokens = [tokenizer.eos_token_id, *text]
         else:
+            if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+                raise InvalidInputError(f"found {prompt!r} as a prompt, expected a text or token ids")
             tokens = list(prompt)
             if not tokens:
                 raise InvalidInputError("the prompt is empty, expected at least one token")
             for token in tokens:
-                if not isinstance(token, int) or not 0 <= token < self._base.vocabulary:
+                if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < self._base.vocabulary:
                     raise InvalidInputError(
                         f"the prompt holds {token!r}, expected token ids from 0 to {self._base.vocabulary - 1}"
                     )
@@ -492,3 +516,12 @@ class Engine:
             ticket = self._tickets.pop(request)
         self._residency.release(request.mix)
         return ticket
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written down: Python's texts may hold lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from lorafleet.kernels import GroupSpec
+from lorafleet.kernels.bank import pool_page_bytes
 
 # Of what is free once the base is loaded. On a CPU the rest of the machine lives there, too; on a GPU the rows that a
 # step uses may be copied together, which takes up to the adapters' share once more.
@@ -48,6 +52,15 @@ def kv_pages(*, page_bytes: int, most_pages: int, device: torch.device) -> int:
 def default_adapter_bytes(device: torch.device) -> int:
     """Room for adapters' rows on the device."""
     return max(1, int(free_bytes(device) * ADAPTER_SHARE[device.type]))
+
+
+# More ranks of each module than a step could compute with: a small base on a large device gets no larger a pool.
+_MOST_POOL_PAGES = 4096
+
+
+def pool_pages(groups: Sequence[GroupSpec], *, dtype: torch.dtype, adapter_bytes: int) -> int:
+    """Pages of 16 ranks for each module that so many bytes hold; at least one."""
+    return max(1, min(_MOST_POOL_PAGES, adapter_bytes // pool_page_bytes(groups, dtype)))
 
 
 def default_host_bytes() -> int:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from lorafleet.adapters import LoraAdapter
 from lorafleet.engine.model import LoadedBase
@@ -21,6 +24,8 @@ from lorafleet.errors import BaseMismatchError, InvalidInputError, LorafleetErro
 from lorafleet.kernels import Packing, TokenRoute
 
 MAX_WEIGHT = 8.0
+# Below it a softmax in float32 overflows for logits of ordinary size.
+MIN_TEMPERATURE = 1e-4
 
 
 class _Named(NamedTuple):
@@ -45,13 +50,15 @@ class Residency:
         """Load an adapter, or one from a folder, under a name, in place of what the name meant; returns its digest.
 
         Raises what reading the folder raises; BaseMismatchError where adapter and base do not belong together,
-        InvalidInputError for an empty name or an adapted module that the engine does not serve, OverloadedError where
-        there is no room for one that has to stay. Nothing changes then.
+        InvalidInputError for an empty name, an adapted module that the engine does not serve or factors that the base's
+        dtype does not hold, OverloadedError where there is no room for one that has to stay. Nothing changes then.
         """
         if not isinstance(name, str) or not name:
             raise InvalidInputError(f"found {name!r} as an adapter's name, expected a text that is not empty")
         source = None
         if not isinstance(adapter, LoraAdapter):
+            if not isinstance(adapter, str | Path):
+                raise InvalidInputError(f"found {adapter!r} as an adapter, expected a LoraAdapter or its folder")
             source = Path(adapter).absolute()
             adapter = self._tiers.read(source)
         self._check(adapter)
@@ -80,6 +87,14 @@ class Residency:
                 f"the adapter changes {', '.join(other)}; only linear layers of the decoder's layers can be mixed: "
                 "train it without the others"
             )
+        # An infinity among an adapter's rows would reach every token of a batch: a closed gate's zero times it is NaN.
+        largest = torch.finfo(self._base.dtype).max
+        for path, factors in [*adapter.modules.items(), *((path, (gate,)) for path, gate in adapter.gates.items())]:
+            if any(torch.linalg.vector_norm(tensor, math.inf) > largest for tensor in factors):
+                raise InvalidInputError(
+                    f"{path}: found numbers beyond {largest:.3g}, the largest of {self._base.dtype}, in which this "
+                    "engine computes: the adapter is damaged"
+                )
 
     def remove(self, name: str) -> None:
         """Forget a name; raises NotFoundError where there is none."""
@@ -96,22 +111,36 @@ class Residency:
     def acquire(self, mix: Mapping[str, float] | TokenMix | None) -> ResolvedMix:
         """Check a mix and hold the versions that its names mean now, until ``release`` of the result.
 
-        Raises NotFoundError for an unknown name; InvalidInputError for a weight that is no finite number of size at
-        most 8, for a route that cannot be, or whose adapters have no gates, and where the adapters can never be on the
-        device together.
+        Raises NotFoundError for an unknown name; InvalidInputError for what is no mix, for a weight that is no finite
+        number of size at most 8, for a route that cannot be, or whose adapters have no gates, and where the adapters
+        can never be on the device together.
         """
-        return self._acquire_route(mix) if isinstance(mix, TokenMix) else self._acquire_weights(mix or {})
+        if isinstance(mix, TokenMix):
+            return self._acquire_route(mix)
+        if not isinstance(mix, Mapping | None):
+            raise InvalidInputError(f"found {mix!r} as a mix, expected adapters' names and their weights")
+        return self._acquire_weights(mix or {})
 
     def _acquire_route(self, mix: TokenMix) -> ResolvedMix:
+        if not isinstance(mix.adapters, tuple) or not all(isinstance(name, str) for name in mix.adapters):
+            raise InvalidInputError(f"the route is among {mix.adapters!r}, expected a tuple of adapters' names")
+        if isinstance(mix.temperature, bool) or not isinstance(mix.temperature, int | float):
+            raise InvalidInputError(f"the route's temperature is {mix.temperature!r}, expected a number")
+        if not MIN_TEMPERATURE <= mix.temperature <= 1 / MIN_TEMPERATURE:
+            raise InvalidInputError(
+                f"the route's temperature is {mix.temperature}, expected a number from {MIN_TEMPERATURE:g} to "
+                f"{1 / MIN_TEMPERATURE:g}"
+            )
         with self._lock:
             for name in mix.adapters:
                 if name not in self._names:
                     raise self._unknown(name)
             digests = {name: self._names[name].digest for name in mix.adapters}
             try:
-                route = TokenRoute(tuple(digests.values()), mix.top_k, mix.temperature)
+                route = TokenRoute(tuple(digests.values()), mix.top_k, float(mix.temperature))
             except ValueError as error:
                 raise InvalidInputError(f"the route cannot be: {error}") from None
+            route = replace(route, top_k=min(route.top_k, len(route.keys)))  # more would be the same, under another key
             names = {digest: name for name, digest in digests.items()}
             if without := sorted(names[digest] for digest in route.keys if not self._tiers.has_gates(digest)):
                 raise InvalidInputError(
@@ -124,7 +153,7 @@ class Residency:
         for name, weight in mix.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float):
                 raise InvalidInputError(f"the weight of {name!r} is {weight!r}, expected a number")
-            if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
+            if not abs(weight) <= MAX_WEIGHT:  # NaN is not, either
                 raise InvalidInputError(
                     f"the weight of {name!r} is {weight}, expected a finite number of size at most {MAX_WEIGHT:g}"
                 )

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from lorafleet.engine.attention import Span, StepAttention
+from lorafleet.engine.block_attention import BlockAttention
+from lorafleet.engine.block_pages import BlockPages
+from lorafleet.engine.graphs import Capture, StepGraphs
 from lorafleet.engine.kv_pages import KvPages
 from lorafleet.engine.mixture_linear import MixtureContext
 from lorafleet.engine.model import LoadedBase
@@ -18,7 +21,7 @@ from lorafleet.engine.sampling import TokenLogprob, choose, logprobs_of
 from lorafleet.engine.scheduler import ScheduledRun
 from lorafleet.engine.tile_attention import TileAttention
 from lorafleet.engine.tile_pages import TilePages
-from lorafleet.kernels import Packing, Plan, Run
+from lorafleet.kernels import Bank, Packing, Plan, Run
 
 # Rows of logits held at once while a prompt is scored: 256 rows of a 150 000-token vocabulary are 150 MB.
 _SCORE_ROWS = 256
@@ -53,8 +56,20 @@ class ModelRunner:
     ) -> None:
         self._base, self._cache, self._residency, self._context = base, cache, residency, context
         self._device = device
+        # oneDNN's bfloat16 product carries one token's NaN to the token before it where the inner size is no multiple
+        # of 32 (found with 31, 80 and 100, from 17 tokens on).
+        self._leaks = device.type == "cpu" and base.dtype == torch.bfloat16 and not base.tiled
         self._plan: Plan | None = None
         self._packing: Packing | None = None
+        self._graphs: StepGraphs | None = None
+
+    def use_graphs(self, bank: Bank, capture: Capture, *, max_sequences: int, most_pages: int) -> None:
+        """Replay decoding steps from now on, of at most so many sequences of at most so many pages."""
+        assert isinstance(self._cache, BlockPages)
+        self._graphs = StepGraphs(
+            compute=self._hidden, cache=self._cache, bank=bank, context=self._context, capture=capture,
+            device=self._device, dtype=self._base.dtype, max_sequences=max_sequences, most_pages=most_pages,
+        )  # fmt: skip
 
     def run(self, runs: Sequence[ScheduledRun]) -> list[Outcome]:
         """Compute the tokens of the runs, one-token runs first; one outcome for each.
@@ -63,6 +78,9 @@ class ModelRunner:
         be computed again.
         """
         hidden = self._forward(runs)
+        if self._leaks and len(runs) > 1 and not bool(torch.isfinite(hidden).all()):
+            # Before anything is drawn: whoever called computes them one by one.
+            raise FloatingPointError("the hidden states of these requests are not finite")
         talking: dict[int, int] = {}  # run → its last row, where that row predicts a new token
         prompt_logprobs: list[list[float]] = []
         row = 0
@@ -103,21 +121,28 @@ class ModelRunner:
             tokens.extend(request.tokens[start:stop])
             positions.extend(range(start, stop))
             spans.append(Span(request.pages, start, stop))
-        step: StepAttention | TileAttention
-        if isinstance(self._cache, TilePages):
-            step = TileAttention(spans, cache=self._cache)
-        else:
-            step = StepAttention(spans, cache=self._cache, device=self._device, dtype=self._base.dtype)
         self._set_gates(runs)
         try:
-            out = self._base.decoder(
-                input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
-                use_cache=False,
-                step=step,
-            )
+            if self._graphs is not None:
+                packing, plan = self._context.packing, self._context.plan
+                replayed = self._graphs.run(spans, tokens, positions, packing=packing, plan=plan)
+                if replayed is not None:
+                    return replayed
+            ids, places = (torch.tensor([numbers], device=self._device) for numbers in (tokens, positions))
+            return self._hidden(ids, places, self._attention(spans))
         finally:
             self._context.set(None, None)
+
+    def _attention(self, spans: Sequence[Span]) -> StepAttention | BlockAttention | TileAttention:
+        if isinstance(self._cache, TilePages):
+            return TileAttention(spans, cache=self._cache)
+        if isinstance(self._cache, BlockPages):
+            return BlockAttention(spans, cache=self._cache, device=self._device, dtype=self._base.dtype)
+        return StepAttention(spans, cache=self._cache, device=self._device, dtype=self._base.dtype)
+
+    def _hidden(self, ids: Tensor, places: Tensor, step: StepAttention | BlockAttention | TileAttention) -> Tensor:
+        """Token ids and positions ``[1, T]`` → hidden states ``[T, hidden]``."""
+        out = self._base.decoder(input_ids=ids, position_ids=places, use_cache=False, step=step)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 

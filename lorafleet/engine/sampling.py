@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -109,6 +110,9 @@ class SamplingParams:
                 not (_is_int(self.min_tokens) and _is_int(self.max_tokens)) or self.min_tokens <= self.max_tokens,
             ),
             ("stop_token_ids", "token ids: integers of at least 0", _all(self.stop_token_ids, _is_token)),
+            ("ignore_eos", "True or False", isinstance(self.ignore_eos, bool)),
+            ("logprobs", "True or False", isinstance(self.logprobs, bool)),
+            ("prompt_logprobs", "True or False", isinstance(self.prompt_logprobs, bool)),
         ):
             if not holds:
                 raise InvalidInputError(f"sampling: found {name} {getattr(self, name)!r}, expected {expected}")
@@ -281,11 +285,11 @@ def _least_kept(weights: Tensor, params: Sequence[SamplingParams], *, look: int 
     ``look`` largest are tried first, and rows whose border lies beyond them are sorted.
     """
     vocabulary = weights.shape[1]
-    look = max(p.top_k or look for p in params)
+    look = max(min(p.top_k, vocabulary) or look for p in params)
     kept = weights.topk(look).values if look < vocabulary else weights.sort(dim=-1, descending=True).values
     running = kept.cumsum(dim=-1)
     ranks = torch.arange(kept.shape[1], device=weights.device)
-    limit = torch.tensor([p.top_k or vocabulary for p in params], device=weights.device)[:, None]
+    limit = torch.tensor([min(p.top_k, vocabulary) or vocabulary for p in params], device=weights.device)[:, None]
     last = (limit - 1).clamp_max(kept.shape[1] - 1)
     total = torch.where(limit < vocabulary, running.gather(1, last), weights.sum(dim=-1, keepdim=True))
     share = _column([p.top_p for p in params], weights.device) * total
@@ -334,7 +338,7 @@ def _is_token(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_within(value, -sys.float_info.max, sys.float_info.max)
 
 
 def _is_within(value: object, low: float, high: float) -> bool:

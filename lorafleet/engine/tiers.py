@@ -71,6 +71,9 @@ class _Entry:
 
     digest: str
     size_bytes: int
+    """of its rows"""
+    room_bytes: int
+    """that it takes on the device"""
     gated: bool
     host: Pages | None
     folder: Path | None = None
@@ -151,12 +154,15 @@ class Tiers:
         ones would not fit on the device together, or an object not in host memory; nothing has changed then.
         """
         with self._lock:
-            entry = self._entries.get(digest) or _Entry(digest, size_of(pages), gated, None)
+            entry = self._entries.get(digest)
+            entry = entry or _Entry(digest, size_of(pages), self._bank.room_for(pages), gated, None)
             if pinned and not entry.pins:
-                self._require_room("pinned adapters", "adapter_bytes", self._pinned.values(), entry, self.device_bytes)
+                found = entry.room_bytes + sum(e.room_bytes for e in self._pinned.values() if e is not entry)
+                self._require_room("pinned adapters", "adapter_bytes", found, self.device_bytes)
             if source is None and (entry.droppable or not entry.sources):
                 kept = [other for other in self._entries.values() if other.host is not None and not other.droppable]
-                self._require_room("adapters given as objects", "host_bytes", kept, entry, self.host_bytes)
+                found = entry.size_bytes + sum(e.size_bytes for e in kept if e is not entry)
+                self._require_room("adapters given as objects", "host_bytes", found, self.host_bytes)
             self._entries[digest] = entry
             entry.host = entry.host or pages
             entry.sources.append(source)
@@ -204,8 +210,8 @@ class Tiers:
     def require_fit(self, digests: Collection[str]) -> None:
         """Raise InvalidInputError where these can never be on the device together, beside the pinned ones."""
         with self._lock:
-            mix = sum(self._entries[digest].size_bytes for digest in digests)
-            pinned = sum(entry.size_bytes for digest, entry in self._pinned.items() if digest not in digests)
+            mix = sum(self._entries[digest].room_bytes for digest in digests)
+            pinned = sum(entry.room_bytes for digest, entry in self._pinned.items() if digest not in digests)
         if mix + pinned > self.device_bytes:
             beside = f", beside {pinned / 1e6:.3g} MB that are pinned" if pinned else ""
             raise InvalidInputError(
@@ -291,14 +297,12 @@ class Tiers:
     def _uses(self, entry: _Entry, now_s: float) -> float:
         return decayed(entry.uses, elapsed_s=now_s - entry.used_at_s, half_life_s=self._half_life_s)
 
-    def _candidates(self, entries: Iterable[_Entry]) -> list[Candidate]:
+    def _candidates(self, entries: Iterable[_Entry], tier: Literal["host", "device"]) -> list[Candidate]:
         now = self._clock()
-        return [Candidate(e.digest, e.size_bytes, self._uses(e, now), self._waiting[e.digest]) for e in entries]
+        sizes = [(e, e.size_bytes if tier == "host" else e.room_bytes) for e in entries]
+        return [Candidate(e.digest, size, self._uses(e, now), self._waiting[e.digest]) for e, size in sizes]
 
-    def _require_room(
-        self, what: str, setting: str, others: Iterable[_Entry], entry: _Entry, budget_bytes: int
-    ) -> None:
-        found = entry.size_bytes + sum(other.size_bytes for other in others if other is not entry)
+    def _require_room(self, what: str, setting: str, found: int, budget_bytes: int) -> None:
         if found > budget_bytes:
             raise OverloadedError(
                 f"found {found / 1e6:.3g} MB of {what} with this one, expected at most {budget_bytes / 1e6:.3g} MB "
@@ -318,7 +322,7 @@ class Tiers:
         if over <= 0:
             return
         droppable = [entry for entry in self._entries.values() if entry.droppable and self._host_only(entry)]
-        chosen = choose_evictions(self._candidates(droppable), needed_bytes=over)
+        chosen = choose_evictions(self._candidates(droppable, "host"), needed_bytes=over)
         for digest in [entry.digest for entry in droppable] if chosen is None else chosen:
             self._entries[digest].host = None
 
@@ -332,18 +336,19 @@ class Tiers:
             return True
         if entry.digest in self._failed:
             return False  # until those that need it have been told
-        over = self._device_used + entry.size_bytes - self.device_bytes
+        over = self._device_used + entry.room_bytes - self.device_bytes
         if over > 0:
             evictable = [e for e in self._entries.values() if e.digest not in protected and self._evictable(e)]
-            chosen = choose_evictions(self._candidates(evictable), needed_bytes=over)
+            chosen = choose_evictions(self._candidates(evictable, "device"), needed_bytes=over)
             if chosen is None:
                 if not self._alone(entry):
                     return False
                 chosen = [e.digest for e in evictable]
             self._evict(chosen)
-        self._device_used += entry.size_bytes
+        self._device_used += entry.room_bytes
         if self._shared and entry.host is not None:
-            self._arrive(entry, entry.host)
+            full = self._arrive(entry, entry.host)
+            assert full is None, "pools on a CPU are for tests, which stay within the budget"
         else:
             entry.place = "loading"
             self._queue.append(entry)
@@ -358,7 +363,7 @@ class Tiers:
         over = self._device_used - self.device_bytes
         if over > 0:
             evictable = [e for e in self._entries.values() if e.digest not in self._first and self._evictable(e)]
-            chosen = choose_evictions(self._candidates(evictable), needed_bytes=over)
+            chosen = choose_evictions(self._candidates(evictable, "device"), needed_bytes=over)
             self._evict([e.digest for e in evictable] if chosen is None else chosen)
             self._trim_host()
 
@@ -382,14 +387,19 @@ class Tiers:
             e.claims or (e.place == "loading" and e.digest not in self._first) for e in self._entries.values()
         )
 
-    def _arrive(self, entry: _Entry, rows: Pages) -> None:
-        self._bank.add(entry.digest, rows)
+    def _arrive(self, entry: _Entry, rows: Pages) -> OverloadedError | None:
+        """None where it is on the device now. A pool of pages is full where it is full, whatever the budget says."""
+        try:
+            self._bank.add(entry.digest, rows)
+        except OverloadedError as full:
+            return full
         entry.place = "device"
         self._loads_total += 1
+        return None
 
     def _unplace(self, entry: _Entry) -> None:
         entry.place = "away"
-        self._device_used -= entry.size_bytes
+        self._device_used -= entry.room_bytes
 
     def _leave_if_unneeded(self, entry: _Entry) -> None:
         if entry.sources or entry.holds:
@@ -429,8 +439,8 @@ class Tiers:
                 needed = self._entries.get(entry.digest) is entry
                 if found is not None and needed:
                     entry.host = entry.host or found[0]
-                    self._arrive(entry, found[1])
-                else:
+                    error = self._arrive(entry, found[1])
+                if found is None or not needed or error is not None:
                     self._unplace(entry)
                     if error is not None and needed:
                         self._failed[entry.digest] = error

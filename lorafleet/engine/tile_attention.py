@@ -63,8 +63,10 @@ class TileAttention:
         """``spans`` in token order, those of one decoding token first."""
         self._cache, self._native = cache, _native()
         bounds, tables = array("q"), array("i")
+        self._tokens = 0
         for pages, start, stop in spans:
             count = pages_for(stop)
+            self._tokens += stop - start
             bounds.extend((start, stop, count))
             tables.extend(pages[:count])
         self._spans, self._tables = bounds, tables
@@ -75,9 +77,8 @@ class TileAttention:
     @staticmethod
     def supports(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether this machine computes such heads here; :func:`lorafleet.native.why_not` may say why not."""
-        return (
-            device.type == "cpu" and dtype == torch.bfloat16 and head_dim % _UNIT == 0 and library() is not None
-        )  # fmt: skip
+        fits = device.type == "cpu" and dtype == torch.bfloat16 and head_dim % _UNIT == 0
+        return fits and library() is not None
 
     def __call__(
         self,
@@ -95,6 +96,12 @@ class TileAttention:
         A token sees itself and the ``window - 1`` tokens before it, all where None. ``softcap`` c makes a score s
         c · tanh(s / c), as Gemma 2 does (arXiv 2408.00118, section 2). ``scale`` is above 0.
         """
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16 and query.shape[0] == self._tokens
+        if not key.shape[1] == value.shape[1] == self._cache.kv_heads:
+            raise ValueError(
+                f"found {key.shape[1]} heads of keys, {value.shape[1]} of values; expected {self._cache.kv_heads}, as "
+                "the base's configuration says"
+            )
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         out = torch.empty(query.shape, dtype=torch.bfloat16)
         call = self._call
@@ -125,6 +132,7 @@ class TileAttention:
 
         q and k are normalised by the weights ``[D]``, where given, and rotated; in float32, rounded once.
         """
+        assert qkv.dtype == cos.dtype == sin.dtype == torch.bfloat16 and qkv.shape[0] == self._tokens
         assert qkv.stride(1) == 1 and cos.is_contiguous() and sin.is_contiguous()
         size = self._cache.head_dim
         out = torch.empty((qkv.shape[0], heads * size), dtype=torch.bfloat16)
@@ -153,6 +161,7 @@ class TileAttention:
 
     def _plan(self, heads: int) -> int:
         spans, tables = self._spans, self._tables
+        assert heads % self._cache.kv_heads == 0
         plan: int | None = self._native.lorafleet_attention_plan(
             spans.buffer_info()[0], len(spans) // 3, tables.buffer_info()[0], self._cache.head_dim, heads,
             self._cache.kv_heads,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.kernels.packing import Layouts, PackedGroup, PackedModule, Packing
-from lorafleet.kernels.pool import GroupPool, PooledGroup, PooledPage
+from lorafleet.kernels.pool import PAGE_ROWS, GroupPool, PooledGroup, PooledPage
 from lorafleet.kernels.tile_pages import TiledGroup, TilePage, TileTable, mixture_of, table_row, tile_page, tiles_fit
 from lorafleet.kernels.token_gates import no_gates
 
@@ -109,6 +109,21 @@ class Bank:
 
     def __contains__(self, key: str) -> bool:
         return key in self._pages
+
+    @property
+    def pools(self) -> Mapping[str, GroupPool]:
+        """Group → its pool; empty for a bank without ``pool_pages``."""
+        return self._pools
+
+    def room_for(self, pages: Mapping[str, Page] | Mapping[str, TilePage]) -> int:
+        """Bytes that an adapter takes here. With pools as if each module had its largest rank, in whole pages.
+
+        Pools have equally many pages for each module: adapters that fit by this count fit in every one of them.
+        """
+        if not self._pools:
+            return sum(page.size_bytes for page in pages.values())
+        most = max((-(-page.rank // PAGE_ROWS) for page in pages.values()), default=0)
+        return most * pool_page_bytes(self.groups, self.dtype)
 
     def pages(
         self, factors: Mapping[str, tuple[Tensor, Tensor]], gates: Mapping[str, Tensor] | None = None
@@ -276,6 +291,14 @@ class Bank:
     ) -> PooledGroup | None:
         pages = [(index, page) for index, page in found if isinstance(page, PooledPage)]
         return PooledGroup(self._pools[group.name], layouts.page_table(pages)) if pages else None
+
+
+def pool_page_bytes(groups: Sequence[GroupSpec], dtype: torch.dtype) -> int:
+    """Bytes of one page of every module, with its share of the pages for gate vectors."""
+    rows = PAGE_ROWS + 1  # as many gate vectors as pages
+    a = sum(rows * group.d_in * len(group.modules) for group in groups)
+    b = sum(PAGE_ROWS * module.d_out for group in groups for module in group.modules)
+    return (a + b) * dtype.itemsize
 
 
 def can_tile(groups: Sequence[GroupSpec], *, device: torch.device, dtype: torch.dtype) -> bool:

@@ -50,6 +50,17 @@ DEFAULT_MODEL = CostModel(
 )
 
 
+def without_measurements(tokens: int, adapters: int) -> str:
+    """The path for a bank with pools where no model was fitted: Triton's, but for prompts with few adapters.
+
+    Triton's takes two launches for a group and reads the pages in place. The dense one takes up to six, copies the
+    active rows together whenever they change and multiplies each token with all of them, but by the library's best
+    kernels, which is what many tokens gain from. The limits are guesses: from 64 tokens on Triton's path works on
+    larger blocks; rows of more than 16 adapters are mostly rows that a token has no use for.
+    """
+    return "dense" if tokens > 64 and adapters <= 16 else "triton"
+
+
 class Dispatcher:
     """A path that hands each call to the cheapest one.
 
@@ -57,7 +68,7 @@ class Dispatcher:
     """
 
     def __init__(self, models: Mapping[str, CostModel]) -> None:
-        """``models`` by device type; on a device without one the dense path runs."""
+        """``models`` by device type; on a device without one the dense path runs, or Triton's by a rule."""
         self.models = dict(models)
 
     def __call__(self, y: Tensor, x: Tensor, group: PackedGroup, plan: Plan) -> None:
@@ -70,13 +81,14 @@ class Dispatcher:
     def _choose(self, x: Tensor, group: PackedGroup, plan: Plan) -> str:
         if group.tiled is not None and x.dtype == torch.bfloat16:
             return "tiles"  # which takes each block's own adapters, as few as any other path, without a copy
+        with_triton = group.pooled is not None and x.device.type == "cuda"
         model = self.models.get(x.device.type)
         if model is None:
-            return "dense"
+            return without_measurements(plan.tokens, len(plan.active)) if with_triton else "dense"
         candidates = ["dense", "segmented"]
         if group.dtype != torch.float32:
             candidates.append("dense_float32")
-        if group.pooled is not None and x.device.type == "cuda":
+        if with_triton:
             candidates.append("triton")
         return model.cheapest(call_of(x, group, plan), candidates)
 

@@ -20,10 +20,12 @@ from lorafleet.kernels.cost_model import Measurement
 from lorafleet.kernels.dispatch import PATHS, MixturePath, call_of
 from lorafleet.kernels.packing import PackedGroup, Packing
 from lorafleet.kernels.plan import Mix, Plan, Run
+from lorafleet.kernels.pool import PAGE_ROWS
 from lorafleet.kernels.reference import mixture_reference
 
-COLD_ELEMENTS = 8 << 20
-"""of rows between two calls on the same group: 16 MB in bfloat16, whatever the dtype is"""
+COLD_ELEMENTS = {"cpu": 8 << 20, "cuda": 64 << 20}
+"""of rows between two calls on the same group: 16 and 128 MB in bfloat16, whatever the dtype is. A core of the CPUs at
+hand caches 2 MB, an H200 50"""
 MAX_COPIES = 32
 CHECKED_TOKENS = 8
 TIMED = ("dense", "dense_float32", "segmented")
@@ -88,7 +90,7 @@ def measure(
     use, ``min`` of many short ones. ``known`` maps names to paths.
     """
     for case in cases:
-        packing, plan, x, y = _step(case, torch.device(device))
+        packing, plan, x, y = prepare(case, torch.device(device), pooled="triton" in paths)
         groups = list(packing.groups.values())
         for path in paths:
             check(path, known[path], x, groups[0], plan)
@@ -120,8 +122,12 @@ def check(name: str, path: MixturePath, x: Tensor, group: PackedGroup, plan: Pla
         )
 
 
-def _step(case: Workload, device: torch.device) -> tuple[Packing, Plan, Tensor, Tensor]:
-    copies = max(1, min(MAX_COPIES, -(-COLD_ELEMENTS // max(case.elements, 1))))
+def prepare(case: Workload, device: torch.device, *, pooled: bool) -> tuple[Packing, Plan, Tensor, Tensor]:
+    """Cold copies of the workload's group in one packing, the plan, ``x [T, d_in]`` and ``y [T, Σ d_out]``.
+
+    ``pooled``: the rows lie in pages, as Triton's path wants them.
+    """
+    copies = max(1, min(MAX_COPIES, -(-COLD_ELEMENTS[device.type] // max(case.elements, 1))))
     generator = torch.Generator().manual_seed(0)
     names = [[f"g{copy}.m{index}" for index in range(len(case.d_outs))] for copy in range(copies)]
     bank = Bank(
@@ -131,6 +137,7 @@ def _step(case: Workload, device: torch.device) -> tuple[Packing, Plan, Tensor, 
         ],
         device=device,
         dtype=case.bank_dtype,
+        pool_pages=sum(-(-rank // PAGE_ROWS) for rank in case.ranks.values()) if pooled else None,
     )
     for key, rank in case.ranks.items():
         one = [

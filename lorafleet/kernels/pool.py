@@ -62,7 +62,7 @@ class PooledGroup(NamedTuple):
 
 
 class PooledPage(NamedTuple):
-    """One adapter's rows in one module: the same attributes as a page of tensors, which are copies here."""
+    """One adapter's rows in one module, with the attributes of a page of tensors: copies, or views while it stays."""
 
     pool: GroupPool
     module: int
@@ -75,19 +75,26 @@ class PooledPage(NamedTuple):
     def a(self) -> Tensor:
         """``[r, d_in]``"""
         first = self.pool.first_page(self.module)
-        rows = self.pool.a[[first + page for page in self.pages]]
+        rows = _select(self.pool.a, [first + page for page in self.pages])
         return rows.reshape(-1, self.pool.d_in)[: self.rank]
 
     @property
     def b(self) -> Tensor:
         """``[r, d_out]``"""
         b = self.pool.b_of(self.module)
-        return b[list(self.pages)].reshape(-1, b.shape[2])[: self.rank]
+        return _select(b, self.pages).reshape(-1, b.shape[2])[: self.rank]
 
     @property
     def gate(self) -> Tensor | None:
         """``[d_in]``"""
         return None if self.gate_row is None else self.pool.gate_rows[self.gate_row]
+
+
+def _select(store: Tensor, pages: Sequence[int]) -> Tensor:
+    """Some pages; a view where they are neighbours, as they mostly are: an index would have to go to the device."""
+    if pages and pages[-1] - pages[0] + 1 == len(pages):  # ascending
+        return store[pages[0] : pages[-1] + 1]
+    return store[list(pages)]
 
 
 class GroupPool:

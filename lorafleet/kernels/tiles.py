@@ -3,8 +3,9 @@
 In the engine the base's product and the mixture are one call (:class:`lorafleet.native.linear.Linear`), which adds
 both in the same float32 sums; :func:`mixture_tiles` is the mixture alone, for other paths to be compared with.
 
-The gated intermediate is rounded once, and the result once for base and mixture together: one rounding less than in a
-merged model, which rounds its weight.
+The gated intermediate is rounded once, and the result once for base and mixture together. Against float64 the error is
+0.7 times that of a merged model in bfloat16 where the mixture is a tenth of the base's product, 1.1 times where it is
+as large, and 1.4 times where it is four times as large.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ Shapes: T tokens in blocks of BLOCK_T, K active adapters, W items, S splits, M m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -176,7 +177,8 @@ class Work:
     launches with them can be captured into a CUDA graph and replayed.
     """
 
-    def __init__(self, capacity: Capacity, pool: GroupPool) -> None:
+    def __init__(self, capacity: Capacity, pool: GroupPool, *, like: Work | None = None) -> None:
+        """``like``: one of the same capacity whose gates and scratch it uses, too; they never run at the same time."""
         self.capacity, self.tiles = capacity, Tiles.of(capacity.tokens)
         self.modules = len(pool.d_outs)
         self.blocks = -(-capacity.tokens // self.tiles.block_t)
@@ -187,9 +189,10 @@ class Work:
         self.count = torch.zeros(1, dtype=torch.int32, device=device)
         self.first = torch.zeros(self.blocks * (self.modules + 1) + 1, dtype=torch.int32, device=device)
         """where the items of block and module begin; gate pages are module M"""
-        self.gates = torch.zeros(tokens, adapters, device=device)
+        self.gates: Tensor = torch.zeros(tokens, adapters, device=device) if like is None else like.gates
         """``[T, K]``; for routed tokens once their logits are there"""
-        self.planes = torch.empty(self.tiles.splits, capacity.items, self.tiles.block_t, PAGE_ROWS, device=device)
+        shape = (self.tiles.splits, capacity.items, self.tiles.block_t, PAGE_ROWS)
+        self.planes: Tensor = torch.empty(shape, device=device) if like is None else like.planes
         self.choice = Choice.empty(tokens, adapters, device) if capacity.routed else None
 
     def load(self, plan: Plan, table: PageTable, module_pages: int) -> None:
@@ -215,6 +218,15 @@ class Work:
         if self.choice is not None:
             first_gate = first[:-1].reshape(self.blocks, -1)[:, self.modules]
             self.choice.load(plan, table, first_gate, block_t)
+
+    def copy_to(self, others: Sequence[Work]) -> None:
+        """Make others that are ``like`` this one hold the same work; on the device, for all of them together."""
+        if others:
+            for own, theirs in zip(self._lists(), zip(*(other._lists() for other in others), strict=True), strict=True):
+                torch._foreach_copy_(list(theirs), [own] * len(theirs))
+
+    def _lists(self) -> list[Tensor]:
+        return [self.items, self.count, self.first, *(self.choice or ())]
 
     def choose(self) -> None:
         """Gates of the routed tokens, from the logits that the shrink left in the planes."""

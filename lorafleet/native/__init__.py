@@ -41,7 +41,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, "the system does not let this process use the matrix unit (AMX)"
     started = time.monotonic()
     try:
-        loaded = ctypes.CDLL(str(build(cache_folder())))
+        made = build(cache_folder())
+        try:
+            loaded = ctypes.CDLL(str(made))
+        except OSError:  # damaged in the cache: made once more
+            made.unlink(missing_ok=True)
+            loaded = ctypes.CDLL(str(build(cache_folder())))
     except (BuildError, OSError) as error:
         logger.warning("no kernels of our own, torch's products serve, at about half the speed: %s", error)
         return None, str(error)

@@ -30,9 +30,15 @@ class BuildError(Exception):
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where compiled kernels lie: ``$XDG_CACHE_HOME/lorafleet``, or ``~/.cache/lorafleet``."""
+    """Where compiled kernels lie: ``$XDG_CACHE_HOME/lorafleet``, or ``~/.cache/lorafleet``.
+
+    Raises BuildError where this user has no home.
+    """
     root = environment.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "lorafleet"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "lorafleet"
+    except RuntimeError:
+        raise BuildError("this user has no home folder to keep compiled kernels in; set XDG_CACHE_HOME") from None
 
 
 def build(folder: Path) -> Path:

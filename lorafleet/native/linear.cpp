@@ -77,10 +77,13 @@ inline void expand(const bf16* h, int64_t columns, const char* b) {
     }
 }
 
+// x / (1 + exp(-x)). Beyond 80 the sigmoid is 0 or 1 to float32; without the limits 1 + exp(-x) overflows, or its
+// reciprocal does. A NaN stays one.
 inline __m512 silu(__m512 x) {
-    // Beyond 80 the sigmoid is 0 to float32; without the limit 1 + exp(-x) overflows, and its reciprocal is NaN.
-    const __m512 power = exp16(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), _mm512_set1_ps(80.0f)));
-    return _mm512_mul_ps(x, reciprocal16(_mm512_add_ps(power, _mm512_set1_ps(1.0f))));
+    const __m512 most = _mm512_set1_ps(80.0f), least = _mm512_set1_ps(-80.0f);
+    const __m512 power = exp16(_mm512_min_ps(_mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), x), least), most));
+    return _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), x,
+                               reciprocal16(_mm512_add_ps(power, _mm512_set1_ps(1.0f))));
 }
 
 struct Output {

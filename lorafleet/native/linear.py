@@ -64,7 +64,19 @@ class Linear:
         """``panels`` from :func:`panels_of` (None: the residual and the mixture alone), ``bias [Σ d_out]`` float32,
         ``norm`` its weight ``[d_in]`` and epsilon, ``first_module`` the group's place among all modules of the mixture.
         """
+        if gated and float_out:
+            raise ValueError("found gated and float_out, expected one of them: what is gated is written as bfloat16")
+        for name, tensor, dtype, size in (
+            ("bias", bias, torch.float32, sum(d_outs)),
+            ("norm weight", None if norm is None else norm[0], torch.bfloat16, d_in),
+            ("panels", panels, torch.bfloat16, -(-sum(d_outs) // 32) * 32 * d_in),
+        ):
+            if tensor is not None and (tensor.dtype != dtype or tensor.numel() != size or not tensor.is_contiguous()):
+                raise ValueError(
+                    f"found {name} {list(tensor.shape)} of {tensor.dtype}, expected {size} elements of {dtype} in a row"
+                )
         self._kept = panels, bias, norm  # their addresses are what the kernel knows
+        self._d_in, self._gated = d_in, gated
         self.columns = sum(d_outs) // 2 if gated else sum(d_outs)
         self._dtype = torch.float32 if float_out else torch.bfloat16
         starts = [sum(d_outs[:index]) for index in range(len(d_outs) + 1)]
@@ -88,26 +100,42 @@ class Linear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, mixture: int | None = None) -> Tensor:
         """``x [T, d_in]`` bfloat16 with neighbouring columns, ``residual [T, Σ d_out]`` likewise, ``mixture`` the
-        address of :class:`MixtureArguments` for these tokens."""
+        address of :class:`MixtureArguments` for these tokens. Raises ValueError for what the kernel cannot read."""
         tokens = x.shape[0]
         if self._spare:
             y = torch.empty(tokens, self.columns + self._spare, dtype=self._dtype)[:, : self.columns]
         else:
             y = torch.empty(tokens, self.columns, dtype=self._dtype)
-        self.into(y, x, residual, mixture)
+        self._run(y, x, residual, mixture)
         return y
 
     def into(self, y: Tensor, x: Tensor, residual: Tensor | None, mixture: int | None) -> None:
-        """The same into ``y``, which may be the residual. Raises ValueError for an x that the kernel cannot read."""
-        if x.dtype != torch.bfloat16 or x.stride(1) != 1:
-            raise ValueError(f"found x of {x.dtype}, strides {x.stride()}; expected bfloat16 with neighbouring columns")
+        """The same into ``y``, which may be the residual."""
+        if y.dtype != self._dtype or y.shape != (x.shape[0], self.columns) or y.stride(1) != 1:
+            raise ValueError(f"found y {_words(y)}; expected [{x.shape[0]}, {self.columns}] of {self._dtype}")
+        self._run(y, x, residual, mixture)
+
+    def _run(self, y: Tensor, x: Tensor, residual: Tensor | None, mixture: int | None) -> None:
+        if x.dtype != torch.bfloat16 or x.stride(1) != 1 or x.shape[1] != self._d_in:
+            raise ValueError(f"found x {_words(x)}; expected [T, {self._d_in}] of torch.bfloat16, columns side by side")
+        added, added_stride = None, 0
+        if residual is not None:
+            if residual.dtype != torch.bfloat16 or residual.shape != y.shape or residual.stride(1) != 1 or self._gated:
+                raise ValueError(
+                    f"found a residual {_words(residual)}; expected {list(y.shape)} of torch.bfloat16, columns side by "
+                    "side, and none for what is gated"
+                )
+            added, added_stride = residual.data_ptr(), residual.stride(0)
         failed = self._call(
-            self._address, x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), y.stride(0),
-            None if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
+            self._address, x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), y.stride(0), added, added_stride,
             mixture, torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the product of {x.shape[0]} tokens with {self.columns} columns")
+
+
+def _words(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of {tensor.dtype}, strides {tensor.stride()}"
 
 
 def panels_of(weight: Tensor, *, gated: bool = False) -> Tensor:

@@ -119,3 +119,11 @@ def test_the_commit_is_one_or_none() -> None:
     found = commit()
     assert (found.id is None) == (found.modified is None)
     assert found.id is None or len(found.id) == 40
+
+
+def test_the_record_says_how_close_decoding_comes_to_reading_the_weights() -> None:
+    alone = RowResult(ROWS["base_alone"], "measured", timings=[Timing(64, 2.0, 1.0)], memory_bytes_per_s=4e12)
+    found = record(results=[alone])
+    floor_s = 63 * 163_616_256 / 4e12  # 64 new tokens; the bytes are those of test_floor.py
+    assert found["weight_floors"]["base_alone"] == {"floor_s": pytest.approx(floor_s), "share": pytest.approx(floor_s)}
+    assert notes(found)[-1] == "base_alone: decoding at 0.00 of the floor of reading the weights in every step"

@@ -31,7 +31,19 @@ def test_a_request_of_mix2_uses_two_adapters() -> None:
 
 
 def test_a_request_of_base_asks_for_nothing() -> None:
-    assert all(ask == Ask() and ask.uses == {} for ask in ASKS["base"](S.load))
+    assert all(ask == Ask() and ask.uses == {} for row in ("base", "base_alone") for ask in ASKS[row](S.load))
+
+
+@pytest.mark.parametrize(
+    ("row", "distinct", "ranks"),
+    [("mix2_even8", 8, {16}), ("mix2_even64", 64, {16}), ("mix2_uneven64", 64, {8, 16, 32, 64})],
+)
+def test_64_requests_mix_two_of_the_adapters_of_the_target(row: str, distinct: int, ranks: set[int]) -> None:
+    asks = ASKS[row](SHAPES["8B"].load)
+    used = {name for ask in asks for name in ask.uses}
+    assert len(asks) == 64 and all(len(ask.uses) == 2 for ask in asks)
+    assert len(used) == distinct and {rank_of(name) for name in used} == ranks
+    assert used.isdisjoint(EIGHT)
 
 
 def test_a_token_of_token_top2_uses_two_of_eight() -> None:

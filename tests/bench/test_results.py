@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorafleet.bench.floor import Work
-from lorafleet.bench.results import Ratio, RowResult, all_figures, figures, floors, ratios
+from lorafleet.bench.results import Ratio, RowResult, all_figures, figures, floors, ratios, weight_floors
 from lorafleet.bench.rows import ROWS
 from lorafleet.bench.timing import Timing
 
@@ -46,3 +46,10 @@ def test_the_floors_share_is_one_where_a_row_is_as_fast_as_its_floor() -> None:
     half = Work(base_bytes=2, adapter_bytes=1, base_operations=1.0, adapter_operations=1.0)
     shares = {name: floor.share for name, floor in floors(found, {"single": half, "mix2": half}).items()}
     assert shares == pytest.approx({"single": 1.0, "mix2": 0.5})
+
+
+def test_the_floor_of_the_weights_counts_a_step_for_each_token_but_the_first() -> None:
+    alone = measured("base_alone", 4.0)  # 3 s of decoding
+    alone.memory_bytes_per_s = 100.0
+    found = weight_floors([alone, measured("base", 1.0)], step_bytes=50, new_tokens=4)
+    assert found == {"base_alone": (1.5, 0.5)}

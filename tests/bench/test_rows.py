@@ -19,8 +19,13 @@ def test_rows_come_in_the_order_of_the_table_and_once() -> None:
 
 
 def test_without_a_choice_every_row_that_can_is_run() -> None:
-    selection = select(None, vllm=True)
+    selection = select(None, vllm=True, cuda=True)
     assert {row.name for row in selection.rows} | selection.left_out.keys() == ROWS.keys()
+
+
+def test_rows_about_gpus_are_run_on_a_cpu_where_they_are_asked_for() -> None:
+    assert names(["base", "base_alone"]) == ["base", "base_alone"]
+    assert "base" in names(None) and "base_alone" not in names(None)
 
 
 def test_rows_of_vllm_are_left_out_with_a_note_where_it_is_absent() -> None:

@@ -22,6 +22,7 @@ class Script:
     def __init__(self, problems: Mapping[str, str] | None = None, failing: Mapping[str, str] | None = None) -> None:
         self.problems, self.failing = problems or {}, failing or {}
         self.jobs: list[str] = []
+        self.requests: dict[str, int] = {}
 
     def __call__(self, job: Job) -> Answer:
         self.jobs.append(f"{job.task} {job.name} {job.seed}" if job.task == "time" else f"{job.task} {job.name}")
@@ -31,7 +32,8 @@ class Script:
             assert job.shape.layers == 2 and job.shape.name.endswith("-reduced")
             return Answer("", problem=self.problems.get(job.name))
         versions = {"vllm": "0.1"} if job.name == "vllm" else None
-        return Answer("a GPU", timing=OK if job.task == "time" else None, versions=versions)
+        self.requests[job.name] = job.load.requests
+        return Answer("a GPU", timing=OK if job.task == "time" else None, versions=versions, memory_bytes_per_s=5.0)
 
 
 def settings(*rows: str, repeats: int = 2) -> Settings:
@@ -62,6 +64,13 @@ def test_rows_are_run_in_turn_and_the_turns_repeated() -> None:
     ]  # fmt: skip
     assert outcome.complete and outcome.checks == {"base": None, "single": None}
     assert all(len(result.timings) == 2 for result in outcome.results)
+
+
+def test_a_row_may_have_requests_of_its_own() -> None:
+    script = Script()
+    outcome = run(script, "base", "base_alone")
+    assert (script.requests["base"], script.requests["base_alone"]) == (SHAPES["tiny"].load.requests, 1)
+    assert [result.memory_bytes_per_s for result in outcome.results] == [5.0, 5.0]
 
 
 def test_peers_alone_need_no_check() -> None:

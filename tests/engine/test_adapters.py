@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorafleet.adapters import LoraAdapter, LoraPair
@@ -39,6 +40,20 @@ def test_one_adapter_at_weight_one_gives_pefts_tokens(
         assert generation.token_ids == greedy(model, prompt, 12)
     bare = engine.generate(PROMPTS[:3], sampling=to_length(12))
     assert [g.token_ids for g in bare] != [g.token_ids for g in got]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_an_adapter_saved_in_another_dtype_gives_the_tokens_that_peft_reads_from_it(
+    engine: Engine, plain_model: Callable[[], Any], make_adapter: Callable[..., Path], dtype: torch.dtype
+) -> None:
+    folder = make_adapter(12)
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(weights).items()}, weights)
+    engine.add_adapter("x", folder)
+    model = PeftModel.from_pretrained(plain_model(), folder).eval()
+    for prompt in PROMPTS[:2]:
+        found = engine.generate([prompt], mixes=[{"x": 1.0}], sampling=to_length(12))
+        assert found[0].token_ids == greedy(model, prompt, 12)
 
 
 MIXES: list[dict[str, float]] = [

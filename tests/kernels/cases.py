@@ -30,9 +30,11 @@ def group_of(case: Case) -> GroupSpec:
     return GroupSpec("group", case.d_in, tuple(ModuleSpec(f"m{i}", d) for i, d in enumerate(case.d_outs)))
 
 
-def bank_of(case: Case, *, seed: int = 0, pool_pages: int | None = None, device: str = "cpu") -> Bank:
+def bank_of(
+    case: Case, *, seed: int = 0, pool_pages: int | None = None, device: str = "cpu", tiles: bool = False
+) -> Bank:
     generator = torch.Generator().manual_seed(seed)
-    bank = Bank([group_of(case)], dtype=case.bank_dtype, pool_pages=pool_pages, device=device)
+    bank = Bank([group_of(case)], dtype=case.bank_dtype, pool_pages=pool_pages, device=device, tiles=tiles)
     for key, ranks in case.ranks.items():
         factors = {
             f"m{i}": (
@@ -48,10 +50,10 @@ def bank_of(case: Case, *, seed: int = 0, pool_pages: int | None = None, device:
 
 
 def step_of(
-    case: Case, *, seed: int = 1, pool_pages: int | None = None, device: str = "cpu"
+    case: Case, *, seed: int = 1, pool_pages: int | None = None, device: str = "cpu", tiles: bool = False
 ) -> tuple[Packing, Plan, Tensor, Tensor]:
     """Packing, plan, ``x [T, d_in]`` and ``y [T, Σ d_out]``; y lies inside a buffer that is NaN around it."""
-    packing = bank_of(case, pool_pages=pool_pages, device=device).pack(case.ranks)
+    packing = bank_of(case, pool_pages=pool_pages, device=device, tiles=tiles).pack(case.ranks)
     plan = Plan(case.runs, packing.keys, device=device)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(plan.tokens, case.d_in, generator=generator).to(device, case.dtype)
@@ -62,10 +64,10 @@ def step_of(
 
 
 def check_against_reference(
-    path: MixturePath, case: Case, *, pool_pages: int | None = None, device: str = "cpu"
+    path: MixturePath, case: Case, *, pool_pages: int | None = None, device: str = "cpu", tiles: bool = False
 ) -> None:
     """Raises AssertionError where the path's result is not the reference's, or it wrote outside y."""
-    packing, plan, x, y = step_of(case, pool_pages=pool_pages, device=device)
+    packing, plan, x, y = step_of(case, pool_pages=pool_pages, device=device, tiles=tiles)
     expected = y.clone()
     group = packing.groups.get("group")
     if group is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorafleet.errors import InvalidInputError
 from lorafleet.kernels import Bank, GroupSpec, ModuleSpec, PackedGroup, Plan, Run, TokenRoute, mixture_path
 from lorafleet.kernels.cost_model import Call, Coefficients, CostModel, Measurement, Segment, effort, fit
-from lorafleet.kernels.dispatch import DEFAULT_MODEL, PATHS, Dispatcher, call_of
+from lorafleet.kernels.dispatch import DEFAULT_MODEL, PATHS, Dispatcher, call_of, without_measurements
 from tests.kernels.cases import CASES, step_of
 
 
@@ -172,3 +172,11 @@ def test_a_model_given_takes_the_shipped_ones_place() -> None:
 def test_routes_are_described_like_mixes() -> None:
     plan = Plan([Run(TokenRoute(("a", "b"), 1), 3), Run((("a", 1.0), ("b", 1.0)), 2)], ["a", "b"])
     assert plan.adapter_sets(frozenset({0, 1})) == {((0, 1), True): [0], ((0, 1), False): [1]}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "adapters", "path"),
+    [(1, 1, "triton"), (64, 1, "triton"), (64, 64, "triton"), (65, 16, "dense"), (1024, 17, "triton")],
+)
+def test_without_measurements_prompts_with_few_adapters_are_dense(tokens: int, adapters: int, path: str) -> None:
+    assert without_measurements(tokens, adapters) == path

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.kernels import PATHS, MixturePath, PackedGroup, Plan, Run
-from lorafleet.kernels.measure import Workload, WrongResultError, measure, workloads
+from lorafleet.kernels.measure import Workload, WrongResultError, check, measure, prepare, workloads
 
 CASE = Workload(24, (16, 8), {"a": 3, "b": 5}, (Run((("a", 0.5),), 3), Run((("b", 1.5),), 9)), *[torch.float32] * 2)
 
@@ -74,3 +74,12 @@ def test_the_shipped_workloads_cover_decode_and_prefill_with_and_without_segment
     assert {case.tokens for case in cases} == {1, 8, 32, 128, 256}
     assert {len({run.mix for run in case.runs}) for case in cases} >= {1, 4, 16}
     assert all(case.bank_dtype == torch.bfloat16 for case in cases)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_workload_is_prepared_with_pages_for_the_path_that_reads_them(pooled: bool) -> None:
+    packing, plan, x, y = prepare(CASE, torch.device("cpu"), pooled=pooled)
+    assert len(packing.groups) > 1 and y.shape == (12, 24)
+    for group in packing.groups.values():
+        assert (group.pooled is not None) is pooled
+    check("dense", PATHS["dense"], x, next(iter(packing.groups.values())), plan)

@@ -7,6 +7,7 @@ import torch
 
 from lorafleet.errors import OverloadedError
 from lorafleet.kernels import PATHS, Bank, GroupSpec, ModuleSpec, PackedGroup, paths_on
+from lorafleet.kernels.bank import pool_page_bytes
 from lorafleet.kernels.pool import GroupPool
 from tests.kernels.cases import CASES, check_against_reference
 
@@ -116,3 +117,39 @@ def test_every_path_runs_on_a_bank_with_a_pool(path: str, case: str) -> None:
 def test_a_pool_without_pages_is_refused() -> None:
     with pytest.raises(ValueError, match="found 0 pages"):
         Bank(GROUPS, pool_pages=0)
+
+
+def test_the_room_of_an_adapter_is_that_of_its_largest_rank_in_every_module() -> None:
+    page = pool_page_bytes(GROUPS, torch.float32)
+    # 17 rows of A (one is for gates) and 16 of B in q, k and o, of 4 bytes.
+    assert page == 4 * (17 * (5 + 5 + 6) + 16 * (6 + 3 + 5))
+    found = bank()
+    sizes = {"q": (torch.ones(17, 5), torch.ones(6, 17)), "o": (torch.ones(2, 6), torch.ones(5, 2))}
+    assert found.room_for(found.pages(sizes)) == 2 * page
+    assert found.room_for({}) == 0
+    plain = Bank(GROUPS)
+    assert plain.room_for(plain.pages(sizes)) == 4 * (17 * 11 + 2 * 11)
+
+
+def test_adapters_that_have_room_by_the_count_fit_in_every_module() -> None:
+    found = bank(pages=4)
+    ranks = ({"q": 17, "k": 1}, {"k": 32}, {"q": 1, "k": 40, "o": 5})
+    room = 4 * pool_page_bytes(GROUPS, torch.float32)
+    for index, each in enumerate(ranks[:2]):
+        factors = {m: (torch.ones(r, SHAPES[m][0]), torch.ones(SHAPES[m][1], r)) for m, r in each.items()}
+        room -= found.room_for(found.pages(factors))
+        add(found, f"a{index}", each)
+    assert room == 0
+    with pytest.raises(OverloadedError):
+        add(found, "one too many", ranks[2])
+
+
+def test_rows_in_neighbouring_pages_are_not_copied() -> None:
+    found = bank()
+    add(found, "x", {"q": 17})
+    add(found, "y", {"q": 1})
+    found.remove("x")
+    add(found, "z", {"q": 40})  # pages 0, 1 and 3
+    (y, z), pool = (found._pages[key]["q"] for key in ("y", "z")), pools(found)[0]
+    assert y.a.data_ptr() == pool.a[2].data_ptr()
+    assert z.a.data_ptr() != pool.a.data_ptr() and torch.equal(z.a, torch.ones(40, 5))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.kernels import Bank, GroupSpec, ModuleSpec, Plan, Run, TokenRoute
+from lorafleet.kernels.captured import MOST_ITEMS, CapturedMixture, capacity_of
 from lorafleet.kernels.pool import PAGE_ROWS
 from lorafleet.kernels.reference import mixture_reference
 from lorafleet.kernels.triton import (
@@ -182,6 +183,83 @@ def test_an_adapter_without_gates_cannot_be_routed() -> None:
     plan = Plan([Run(TokenRoute(("without",), top_k=1), 1)], packing.keys, device=DEVICE)
     with pytest.raises(ValueError, match="'without'"):
         mixture_triton(torch.zeros(1, 3), torch.ones(1, 4), packing.groups["group"], plan)
+
+
+def layers_of(*, dtype: torch.dtype = torch.float32) -> Bank:
+    """Two layers of a wide and a narrow group, with an adapter of two ranks in both of them."""
+    groups = [
+        GroupSpec(f"{layer}.{name}", d_in, tuple(ModuleSpec(f"{layer}.{name}.{m}", d) for m, d in outs.items()))
+        for layer in (0, 1)
+        for name, d_in, outs in (("in", 33, {"q": 17, "k": 9}), ("out", 20, {"o": 33}))
+    ]
+    bank = Bank(groups, device=DEVICE, dtype=dtype, pool_pages=8)
+    add_everywhere(bank, "a", (3, 20, 5))
+    return bank
+
+
+def add_everywhere(bank: Bank, key: str, ranks: tuple[int, int, int], *, layers: tuple[int, ...] = (0, 1)) -> None:
+    generator = torch.Generator().manual_seed(sum(ranks))
+    sizes = (("in.q", 33, 17), ("in.k", 33, 9), ("out.o", 20, 33))
+    factors = {
+        f"{layer}.{name}": (
+            torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator)
+        )
+        for layer in layers
+        for (name, d_in, d_out), rank in zip(sizes, ranks, strict=True)
+    }  # fmt: skip
+    bank.add(key, bank.pages(factors))
+
+
+def test_one_capture_serves_all_layers_and_whatever_is_loaded() -> None:
+    bank = layers_of()
+    captured = CapturedMixture(bank, tokens=8, routed=False)
+    stand_ins, _ = captured.stand_ins()
+    assert stand_ins.groups.keys() == {"0.in", "0.out", "1.in", "1.out"}
+    assert len({work.planes.data_ptr() for work in captured._works.values()}) == 1
+
+    def check_all(runs: tuple[Run, ...], keys: list[str]) -> None:
+        packing = bank.pack(keys)
+        plan = Plan(runs, packing.keys, device=DEVICE)
+        captured.load(plan, packing)
+        generator = torch.Generator().manual_seed(0)
+        for spec in bank.groups:
+            d_out = sum(module.d_out for module in spec.modules)
+            x, y = (torch.randn(8, d, generator=generator).to(DEVICE) for d in (spec.d_in, d_out))
+            expected = y.clone()
+            found = packing.groups.get(spec.name)
+            if found is not None:
+                mixture_reference(expected[: plan.tokens], x[: plan.tokens], found, plan)
+            captured(y, x, stand_ins.groups[spec.name], plan)
+            check_close(y, expected)
+
+    check_all((Run((("a", 0.5),), 8),), ["a"])
+    add_everywhere(bank, "b", (40, 1, 16))
+    check_all((Run((("a", 0.5),), 2), Run((("b", 2.0), ("a", -1.0)), 3)), ["a", "b"])
+    bank.remove("a")
+    check_all((Run((("b", 1.0),), 1), Run((), 7)), ["b"])
+    only_in = {f"{layer}.in.q": (torch.ones(2, 33), torch.ones(17, 2)) for layer in (0, 1)}
+    bank.add("c", bank.pages(only_in))
+    check_all((Run((("c", 1.0),), 6),), ["c"])  # "out" has nothing to do
+    add_everywhere(bank, "upper", (2, 17, 1), layers=(1,))  # takes pages that the other layer keeps free
+    add_everywhere(bank, "after", (1, 2, 3))
+    check_all((Run((("upper", 1.0), ("after", 0.5)), 5), Run((("c", 1.0),), 1)), ["c", "upper", "after"])
+
+
+def test_a_capture_without_routes_refuses_routed_tokens() -> None:
+    bank = layers_of()
+    packing = bank.pack(["a"])
+    plan = Plan((Run(TokenRoute(("a",), 1), 1),), packing.keys, device=DEVICE)
+    for routed in (False, True):  # the adapter has no gates, either
+        with pytest.raises(ValueError, match="gates"):
+            CapturedMixture(bank, tokens=8, routed=routed).load(plan, packing)
+
+
+def test_room_for_work_is_that_of_every_page_up_to_a_limit() -> None:
+    pool = next(iter(layers_of().pools.values()))
+    pages = pool.a.shape[0]
+    assert capacity_of(pool, tokens=1, routed=False) == Capacity(1, 16, pages, False)
+    assert capacity_of(pool, tokens=33, routed=True) == Capacity(33, 16, 3 * pages, True)
+    assert capacity_of(pool, tokens=64 * 4096, routed=False).items == MOST_ITEMS
 
 
 def test_a_bank_without_a_pool_is_refused() -> None:

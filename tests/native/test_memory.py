@@ -1,0 +1,53 @@
+"""Mapped memory: a tensor like any other."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+
+import pytest
+import torch
+
+from lorafleet.native.memory import huge_empty
+
+SHAPES = [(1,), (3, 5, 7), (700_000,), (2, 1, 300_000)]  # the last two take more than one page of 2 MB, or almost
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "as on other systems"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_zeros_of_the_shape_and_dtype(
+    shape: tuple[int, ...], dtype: torch.dtype, mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not mapped:
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    found = huge_empty(shape, dtype)
+    assert (tuple(found.shape), found.dtype, found.is_contiguous()) == (shape, dtype, True)
+    assert found.count_nonzero() == 0
+    found.fill_(3)
+    assert found.sum(dtype=torch.float64) == 3 * found.numel()
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0, 2)])
+def test_nothing_has_its_shape_too(shape: tuple[int, ...]) -> None:
+    found = huge_empty(shape, torch.bfloat16)
+    assert (tuple(found.shape), found.dtype) == (shape, torch.bfloat16)
+
+
+def test_memory_stays_as_long_as_one_view_of_it() -> None:
+    whole = huge_empty((1000, 1000), torch.float32)
+    rows = whole[10:20]
+    view = rows[3].view(10, 100)[:, ::2]
+    del whole, rows
+    gc.collect()
+    others = [huge_empty((1000, 1000), torch.float32).fill_(1) for _ in range(4)]
+    assert view.count_nonzero() == 0
+    view += 2
+    assert view.sum() == 2 * view.numel()
+    assert all(int(other.sum()) == other.numel() for other in others)
+
+
+def test_two_tensors_share_nothing() -> None:
+    first, second = (huge_empty((100,), torch.float32) for _ in range(2))
+    first.fill_(1)
+    assert second.count_nonzero() == 0

@@ -57,6 +57,9 @@ def serve(
     host_mb: Annotated[
         int | None, typer.Option(min=0, help="Adapters' rows in host memory, MB. (default: a share of what is free)")
     ] = None,
+    cost_model: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What `lorafleet bench kernels --fit` wrote on this machine.")
+    ] = None,
 ) -> None:
     """Serve mixtures of adapters over gRPC until SIGTERM or SIGINT.
 
@@ -101,6 +104,7 @@ def serve(
             kv_tokens=kv_tokens,
             adapter_bytes=None if adapter_mb is None else adapter_mb * 10**6,
             host_bytes=None if host_mb is None else host_mb * 10**6,
+            cost_model=cost_model,
         )
         engine = stack.enter_context(loaded)
         serve_until_signal(Server(engine, store, ServerConfig(address=grpc)))

@@ -30,8 +30,8 @@ from lorafleet.engine.stats import EngineStats
 from lorafleet.engine.ticket import Ticket
 from lorafleet.engine.tiers import Read, Tiers
 from lorafleet.engine.tile_pages import TilePages
-from lorafleet.errors import InvalidInputError
-from lorafleet.kernels import Bank, mixture_path
+from lorafleet.errors import InvalidInputError, NotFoundError
+from lorafleet.kernels import Bank, CostModel, mixture_path
 from lorafleet.kernels.bank import pool_page_bytes
 from lorafleet.kernels.pool import PAGE_ROWS
 
@@ -122,6 +122,7 @@ class Engine:
         kv_tokens: int | None = None,
         adapter_bytes: int | None = None,
         host_bytes: int | None = None,
+        cost_model: str | Path | None = None,
         read: Read = LoraAdapter.load,
     ) -> Engine:
         """Load a base (the name of a shipped one, or a folder in HF format).
@@ -144,7 +145,7 @@ class Engine:
             raise InvalidInputError(f"found host_bytes {host_bytes}, expected at least 0")
         on = as_device(device)
         as_type = as_dtype(dtype, on)
-        context = MixtureContext(mixture_path())
+        context = MixtureContext(mixture_path(model=None if cost_model is None else _fitted(Path(cost_model), on)))
         loaded = load_base(base, device=on, dtype=as_type, context=context)
         page_bytes = KvPages.page_bytes(
             layers=loaded.layers, kv_heads=loaded.kv_heads, head_dim=loaded.head_dim, dtype=loaded.dtype
@@ -516,6 +517,18 @@ class Engine:
             ticket = self._tickets.pop(request)
         self._residency.release(request.mix)
         return ticket
+
+
+def _fitted(file: Path, device: torch.device) -> CostModel:
+    if not file.is_file():
+        raise NotFoundError(f"no cost model at {file}; make one with `lorafleet bench kernels --fit {file}`")
+    model = CostModel.load(file)
+    if model.device != device.type:
+        raise InvalidInputError(
+            f"{file} was fitted on {model.device}, the engine runs on {device.type}; fit one there with "
+            "`lorafleet bench kernels --fit`"
+        )
+    return model
 
 
 def _is_text(text: str) -> bool:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lorafleet.engine.base_weight import BaseWeight, lay_out
 from lorafleet.kernels import GroupSpec, MixturePath, ModuleSpec, Packing, Plan
-from lorafleet.kernels.tiles import TileGates, tile_gates
-from lorafleet.native.linear import Linear, panels_of
-from lorafleet.native.memory import huge_empty
+from lorafleet.kernels.tiles import tile_mixture
+from lorafleet.native.linear import Linear, Mixture, panels_of
+from lorafleet.native.memory import huge_zeros
 
 # Siblings that read the same input, by the last part of their path. Any other linear is a group of one.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -28,14 +28,14 @@ class MixtureContext:
         self.path = path
         self.packing: Packing | None = None
         self.plan: Plan | None = None
-        self.gates: TileGates | None = None
-        """the plan for linears in tiles"""
+        self.mixture: Mixture | None = None
+        """packing and plan for linears in tiles"""
 
     def set(self, packing: Packing | None, plan: Plan | None) -> None:
         """The step's gates; both None where no token has an adapter."""
         self.packing, self.plan = packing, plan
         tiles = None if packing is None else packing.tiles
-        self.gates = None if plan is None or tiles is None else tile_gates(plan, tiles)
+        self.mixture = None if plan is None or tiles is None else tile_mixture(plan, tiles)
 
 
 class LinearGroup:
@@ -61,7 +61,7 @@ class LinearGroup:
         """``x [T, d_in]`` → the base's product and the mixture's, and the residual where given, ``[T, Σ d_out]``."""
         context = self._context
         if self._tiles is not None:
-            return self._tiles(x, residual, None if context.gates is None else context.gates.address)
+            return self._tiles(x, residual, context.mixture)
         product = self._product or self._lay_out()
         group = None if context.packing is None else context.packing.groups.get(self.spec.name)
         if group is None or context.plan is None:
@@ -151,16 +151,17 @@ def wrap_linears(model: nn.Module, *, layers_path: str, context: MixtureContext)
     return tuple(specs)
 
 
-def lay_out_in_tiles(model: nn.Module) -> None:
-    """Lay the weights of all groups out for the kernel for tiles, one behind the other in the order of their use.
+def lay_out_in_tiles(model: nn.Module, specs: Sequence[GroupSpec]) -> None:
+    """Lay the weights of all groups out for the kernel for tiles, one behind the other in the order of ``specs``.
 
-    For groups that a bank can keep in tiles, before any of them is used.
+    For groups that a bank can keep in tiles (the bank of the same ``specs``), before any of them is used.
     """
-    groups = {id(m.group): m.group for m in model.modules() if isinstance(m, MixtureLinear)}
-    sizes = [-(-sum(m.d_out for m in g.spec.modules) // 32) * 32 * g.spec.d_in for g in groups.values()]
-    arena = huge_empty((sum(sizes),), torch.bfloat16)
+    found = {m.group.spec.name: m.group for m in model.modules() if isinstance(m, MixtureLinear)}
+    groups = [found[spec.name] for spec in specs]
+    sizes = [-(-sum(m.d_out for m in spec.modules) // 32) * 32 * spec.d_in for spec in specs]
+    arena = huge_zeros((sum(sizes),), torch.bfloat16)
     first = module = 0
-    for group, size in zip(groups.values(), sizes, strict=True):
+    for group, size in zip(groups, sizes, strict=True):
         panels = group.panels()
         own = arena[first : first + size].view(panels.shape).copy_(panels)
         group.use_tiles(own, first_module=module)

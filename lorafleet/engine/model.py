@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from lorafleet.errors import InvalidInputError, NotFoundError
 from lorafleet.kernels import GroupSpec
 from lorafleet.kernels.bank import can_tile
 from lorafleet.kernels.dense import library_multiplies_bfloat16
-from lorafleet.native.linear import INNER
+from lorafleet.native import INNER, why_not
+
+logger = logging.getLogger(__name__)
 
 # Architectures whose greedy tokens were compared with transformers' own (tests/engine/test_architectures.py): causal
 # attention through the attention interface, logits from the output layer, at most soft-capped. Value: where the layers
@@ -52,6 +56,8 @@ WINDOWED_ARCHITECTURES = (
 # Rotary embeddings that depend on the position alone. Dynamic ones depend on the longest sequence of the batch, and
 # what a request computes must not depend on who else is there.
 CHECKED_ROPE = ("default", "linear", "llama3", "yarn")
+# Whose code turns whole heads: with a share of them it fails, or reads what is not there.
+WHOLLY_ROTATED = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -145,11 +151,17 @@ def load_base(
     tiled_attention = tiled and TileAttention.supports(head_dim, dtype, device)
     fuse_layers(model, layers_path=layers_path, tiled=tiled_attention)
     if tiled:
-        lay_out_in_tiles(model)
+        lay_out_in_tiles(model, groups)
+    elif device.type == "cpu" and dtype == torch.bfloat16:
+        logger.info("%s: torch's products serve: %s", path.name, why_not() or "its widths do not fit tiles")
+    head: BaseWeight = TiledHead(head_weight, head_bias) if tiled else lay_out(head_weight, head_bias)
+    if output.weight is not model.get_input_embeddings().weight:
+        # The layout has its own; the model's output layer is not called.
+        output.weight = nn.Parameter(torch.empty_like(output.weight, device="meta"), requires_grad=False)
     return LoadedBase(
         model=model,
         decoder=model.base_model,
-        head=TiledHead(head_weight, head_bias) if tiled else lay_out(head_weight, head_bias),
+        head=head,
         tokenizer=tokenizer,
         decode=decoder_of(tokenizer),
         groups=groups,
@@ -185,6 +197,12 @@ def check_supported(config: Any) -> None:
             f"the base uses windowed attention (sliding_window {window}), which was not checked for "
             f"{config.model_type!r} models; set it to null where the model's makers say that this is the same"
         )
+    for parameters in rope_parameters(config):
+        share = parameters.get("partial_rotary_factor", 1.0)
+        if share != 1.0 and config.model_type in WHOLLY_ROTATED:
+            raise InvalidInputError(
+                f"the base rotates {share} of each head, which {config.model_type!r} models do not do in transformers"
+            )
     for rope in rope_types(config):
         if rope not in CHECKED_ROPE:
             raise InvalidInputError(
@@ -193,11 +211,15 @@ def check_supported(config: Any) -> None:
             )
 
 
-def rope_types(config: Any) -> set[str]:
-    """The kinds of rotary embeddings of a base; models with two kinds of layers name one for each."""
+def rope_parameters(config: Any) -> list[Mapping[str, Any]]:
+    """What a base says of its rotary embeddings; models with two kinds of layers say it for each."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [each for each in parameters.values() if isinstance(each, dict)]
-    return {each.get("rope_type", "default") for each in nested or [parameters]}
+    return [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+
+
+def rope_types(config: Any) -> set[str]:
+    """The kinds of rotary embeddings of a base."""
+    return {each.get("rope_type", "default") for each in rope_parameters(config)}
 
 
 def end_tokens(tokenizer: Any, *configs: Any) -> frozenset[int]:

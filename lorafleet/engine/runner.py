@@ -167,6 +167,7 @@ class ModelRunner:
         """Decoding batches repeat their mixes step after step, so the last plan is kept while it fits."""
         needed = {digest for run in runs for digest in run.request.mix.held}
         if not needed:
+            self._plan = self._packing = None  # which would keep rows of adapters that may leave
             return
         packing = self._residency.pack(needed)
         mixes = tuple(Run(run.request.mix.gates, run.stop - run.start) for run in runs)

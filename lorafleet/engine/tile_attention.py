@@ -19,10 +19,7 @@ from torch import Tensor
 from lorafleet.engine.attention import Span
 from lorafleet.engine.kv_pages import pages_for
 from lorafleet.engine.tile_pages import TilePages
-from lorafleet.native import library
-
-_UNIT = 32
-"""the head size is a multiple of this: what a tile holds of the dimension that is summed over"""
+from lorafleet.native import INNER, library
 
 
 class _Call(ctypes.Structure):
@@ -51,6 +48,8 @@ def _native() -> Any:
     )  # fmt: skip
     native.lorafleet_attention_free.restype = None
     native.lorafleet_attention_free.argtypes = (ctypes.c_void_p,)
+    native.lorafleet_attention_call_bytes.restype = ctypes.c_int64
+    assert ctypes.sizeof(_Call) == native.lorafleet_attention_call_bytes()
     native.lorafleet_attention.restype = ctypes.c_int
     native.lorafleet_attention.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     return native
@@ -66,6 +65,8 @@ class TileAttention:
         self._tokens = 0
         for pages, start, stop in spans:
             count = pages_for(stop)
+            if len(pages) < count:
+                raise ValueError(f"found {len(pages)} pages for {stop} tokens, expected at least {count}")
             self._tokens += stop - start
             bounds.extend((start, stop, count))
             tables.extend(pages[:count])
@@ -77,7 +78,7 @@ class TileAttention:
     @staticmethod
     def supports(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether this machine computes such heads here; :func:`lorafleet.native.why_not` may say why not."""
-        fits = device.type == "cpu" and dtype == torch.bfloat16 and head_dim % _UNIT == 0
+        fits = device.type == "cpu" and dtype == torch.bfloat16 and head_dim % INNER == 0
         return fits and library() is not None
 
     def __call__(
@@ -97,6 +98,8 @@ class TileAttention:
         c · tanh(s / c), as Gemma 2 does (arXiv 2408.00118, section 2). ``scale`` is above 0.
         """
         assert query.dtype == key.dtype == value.dtype == torch.bfloat16 and query.shape[0] == self._tokens
+        if query.shape[2] != self._cache.head_dim:
+            raise ValueError(f"found heads of {query.shape[2]}, expected {self._cache.head_dim}")
         if not key.shape[1] == value.shape[1] == self._cache.kv_heads:
             raise ValueError(
                 f"found {key.shape[1]} heads of keys, {value.shape[1]} of values; expected {self._cache.kv_heads}, as "
@@ -133,8 +136,17 @@ class TileAttention:
         q and k are normalised by the weights ``[D]``, where given, and rotated; in float32, rounded once.
         """
         assert qkv.dtype == cos.dtype == sin.dtype == torch.bfloat16 and qkv.shape[0] == self._tokens
-        assert qkv.stride(1) == 1 and cos.is_contiguous() and sin.is_contiguous()
         size = self._cache.head_dim
+        if kv_heads != self._cache.kv_heads or qkv.shape[1] != (heads + 2 * kv_heads) * size or qkv.stride(1) != 1:
+            raise ValueError(
+                f"found qkv {list(qkv.shape)}, strides {qkv.stride()}, of {heads} and {kv_heads} heads; expected "
+                f"[T, {(heads + 2 * self._cache.kv_heads) * size}], columns side by side, for {self._cache.kv_heads}"
+            )
+        turns = qkv.shape[0] * size
+        if not (cos.numel() == sin.numel() == turns and cos.is_contiguous() and sin.is_contiguous()):
+            raise ValueError(
+                f"found cosines {list(cos.shape)} and sines {list(sin.shape)}, expected [{qkv.shape[0]}, {size}]"
+            )
         out = torch.empty((qkv.shape[0], heads * size), dtype=torch.bfloat16)
         call = self._call
         at, row = qkv.data_ptr(), qkv.stride(0)

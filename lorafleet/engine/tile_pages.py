@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from lorafleet.engine.kv_pages import PAGE_TOKENS, KvPages
-from lorafleet.native.memory import huge_empty
+from lorafleet.native.memory import huge_zeros
 
 
 class TilePages:
@@ -22,7 +22,7 @@ class TilePages:
         self, *, layers: int, kv_heads: int, head_dim: int, pages: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         assert device.type == "cpu" and dtype == torch.bfloat16 and head_dim % 2 == 0
-        self._data = huge_empty((layers, 2, pages, kv_heads, PAGE_TOKENS * head_dim), dtype)
+        self._data = huge_zeros((layers, 2, pages, kv_heads, PAGE_TOKENS * head_dim), dtype)
         self.pages, self.kv_heads, self.head_dim = pages, kv_heads, head_dim
         self.keys = [layer[0].view(pages, kv_heads, head_dim // 2, PAGE_TOKENS, 2) for layer in self._data]
         self.values = [layer[1].view(pages, kv_heads, PAGE_TOKENS // 2, head_dim, 2) for layer in self._data]

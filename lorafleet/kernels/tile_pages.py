@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorafleet.native import library
-from lorafleet.native.linear import INNER, MOST_MODULES, UNIT, Linear
+from lorafleet.native import INNER, MOST_MODULES, UNIT, library
+from lorafleet.native.linear import Linear
 
 _STRIP = 16
 
@@ -82,10 +82,11 @@ def _a_rows(tiles: Tensor, width: int, d_in: int) -> Tensor:
 
 def tiles_fit(shapes: Sequence[tuple[int, Sequence[int]]]) -> bool:
     """Whether groups of these shapes, (d_in, d_out of each module), can be laid out in tiles, and multiplied here."""
-    return library() is not None and all(
+    fit = all(
         d_in % INNER == 0 and len(d_outs) <= MOST_MODULES and all(d_out % UNIT == 0 for d_out in d_outs)
         for d_in, d_outs in shapes
     )
+    return fit and library() is not None  # asked last: it may compile
 
 
 def table_row(paths: Sequence[str], pages: Mapping[str, TilePage]) -> Tensor:

@@ -10,9 +10,6 @@ as large, and 1.4 times where it is four times as large.
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -20,10 +17,8 @@ from lorafleet.kernels.packing import PackedGroup
 from lorafleet.kernels.plan import Plan
 from lorafleet.kernels.tile_pages import TileTable
 from lorafleet.kernels.token_gates import no_gates
-from lorafleet.native.linear import MixtureArguments
-
-BLOCK_TOKENS = 32
-"""that are computed together, with all adapters that one of them may need"""
+from lorafleet.native import BLOCK_TOKENS
+from lorafleet.native.linear import Mixture, MixtureArguments
 
 
 def mixture_tiles(y: Tensor, x: Tensor, group: PackedGroup, plan: Plan) -> None:
@@ -36,32 +31,24 @@ def mixture_tiles(y: Tensor, x: Tensor, group: PackedGroup, plan: Plan) -> None:
         raise ValueError("found a group of a bank without tiles, which the tiled path needs: make the bank with tiles")
     if x.dtype != torch.bfloat16 or y.dtype != torch.bfloat16:
         raise ValueError(f"found x of {x.dtype} and y of {y.dtype}, expected torch.bfloat16 for the tiled path")
-    tiled.mixture.into(y, x.contiguous(), y, tile_gates(plan, tiled.table).address)
+    tiled.mixture.into(y, x.contiguous(), y, tile_mixture(plan, tiled.table))
 
 
-@dataclass(frozen=True, eq=False)
-class TileGates:
-    """A plan's gates as the kernel reads them."""
+def tile_mixture(plan: Plan, table: TileTable) -> Mixture:
+    """A plan's gates over the adapters of a table, which are the plan's active ones; made once for both.
 
-    arguments: MixtureArguments
-    kept: tuple[object, ...]
-
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self.arguments)
-
-
-def tile_gates(plan: Plan, table: TileTable) -> TileGates:
-    """The gates of a plan whose active adapters are the table's; once for each.
-
-    Raises ValueError, which names it, for an adapter that is eligible for a token, has rows in a group, and no gate
-    there.
+    Raises ValueError where they are not as many, and one, which names it, for an adapter that is eligible for a token,
+    has rows in a group, and no gate there.
     """
-    return plan.once(("tiles", table), lambda: _tile_gates(plan, table))
+    return plan.once(("tiles", table), lambda: _mixture(plan, table))
 
 
-def _tile_gates(plan: Plan, table: TileTable) -> TileGates:
+def _mixture(plan: Plan, table: TileTable) -> Mixture:
     tokens, adapters = plan.gates.shape
+    if adapters != table.rows.shape[0]:
+        raise ValueError(
+            f"found a plan over {adapters} adapters and a packing of {table.rows.shape[0]}, expected one set"
+        )
     needed, _ = plan.needed()
     blocks = -(-tokens // BLOCK_TOKENS)
     padded = torch.zeros(blocks * BLOCK_TOKENS, adapters, dtype=torch.bool)
@@ -90,7 +77,7 @@ def _tile_gates(plan: Plan, table: TileTable) -> TileGates:
         at[routed] = temperature[:, 0]
         arguments.eligible, arguments.top_k, arguments.temperature = eligible.data_ptr(), top.data_ptr(), at.data_ptr()
         kept += [eligible, top, at]
-    return TileGates(arguments, (*kept, table))
+    return Mixture(arguments, tokens, (*kept, table))
 
 
 def _check_gates(plan: Plan, table: TileTable, eligible: Tensor) -> None:

@@ -17,13 +17,24 @@ import torch
 
 from lorafleet.native.build import BuildError, build, cache_folder
 
-__all__ = ["library", "why_not"]
+__all__ = ["BLOCK_TOKENS", "INNER", "MOST_MODULES", "PAGE_TOKENS", "UNIT", "library", "why_not"]
+
+BLOCK_TOKENS = 32
+"""tokens that are computed together, with all adapters that one of them may need"""
+INNER = 32
+"""d_in, and the size of a head, are multiples of this"""
+UNIT = 16
+"""columns that an adapter's rows are laid out by: every module's d_out is a multiple of it"""
+PAGE_TOKENS = 32
+"""of keys and values"""
+MOST_MODULES = 8
+"""of a group of linears"""
 
 logger = logging.getLogger(__name__)
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where this machine cannot run them, or cannot compile them (said once, in the log)."""
+    """The compiled kernels; None where this machine cannot run them, or cannot compile them."""
     return _load()[0]
 
 
@@ -34,21 +45,31 @@ def why_not() -> str:
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    # Asked of torch, which has OpenMP's threads and the permission to use tiles in its hands.
-    if not (torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()):
-        return None, "this processor has no matrix unit (AMX) for bfloat16"
-    if not torch.cpu._init_amx():
-        return None, "the system does not let this process use the matrix unit (AMX)"
+    try:  # torch's own names, which a version of it may change
+        # Asked of torch, which has OpenMP's threads and the permission to use tiles in its hands.
+        if not (torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()):
+            return None, "this processor has no matrix unit (AMX) for bfloat16"
+        if not torch.cpu._init_amx():
+            return None, "the system does not let this process use the matrix unit (AMX)"
+    except AttributeError as error:
+        return None, f"this version of torch does not say whether there is a matrix unit (AMX): {error}"
     started = time.monotonic()
     try:
-        made = build(cache_folder())
-        try:
-            loaded = ctypes.CDLL(str(made))
-        except OSError:  # damaged in the cache: made once more
-            made.unlink(missing_ok=True)
-            loaded = ctypes.CDLL(str(build(cache_folder())))
+        loaded = _open()
     except (BuildError, OSError) as error:
-        logger.warning("no kernels of our own, torch's products serve, at about half the speed: %s", error)
+        logger.warning("no kernels of our own, torch's products serve: %s", error)
         return None, str(error)
     logger.debug("kernels ready after %.1f s", time.monotonic() - started)
     return loaded, ""
+
+
+def _open() -> ctypes.CDLL:
+    folder = cache_folder()
+    try:
+        loaded = ctypes.CDLL(str(build(folder)))
+    except OSError:  # damaged in the cache: made once more
+        loaded = ctypes.CDLL(str(build(folder, again=True)))
+    agreed = (ctypes.c_int64 * 5)()
+    loaded.lorafleet_layout(agreed)
+    assert tuple(agreed) == (BLOCK_TOKENS, INNER, UNIT, PAGE_TOKENS, MOST_MODULES), tuple(agreed)
+    return loaded

@@ -11,9 +11,8 @@
 // normalisation (arXiv 1805.02867, algorithm 3) in base 2.
 //
 // What a token gets does not depend on the threads, nor on the step's other sequences, to the bit: groups of pages, and
-// the parts that a long sequence is cut into, begin at fixed places of the sequence.
-// GCC 12 takes its own headers' undefined registers for a mistake of ours (its bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+// the parts that a long sequence is cut into, begin at fixed places of the sequence. A sequence is cut for a token that
+// is alone in its step, and not for a chunk: beyond 512 tokens a prompt that is cut elsewhere differs by rounding.
 
 #include "common.h"
 
@@ -25,7 +24,7 @@
 namespace lorafleet {
 namespace {
 
-constexpr int PAGE = 32;                              // tokens
+constexpr int PAGE = PAGE_TOKENS;
 constexpr int GROUP = 8;                              // pages whose scores are held at once: 35 kB of 48 in L1
 constexpr int PART = 16;                              // pages of a decoding sequence that are one item of work
 constexpr int SCORE_STRIDE = GROUP * PAGE + 16;       // floats; not a power of two, or rows share few sets of the cache
@@ -104,8 +103,7 @@ class RowTiles {
             config.rows[i] = uint8_t(lower ? many[i] : few[i]);
             config.column_bytes[i] = 64;
         }
-        // As assembly: compilers drop the stores before the intrinsic, which they take to read eight bytes.
-        asm volatile("ldtilecfg %0" ::"m"(config));
+        configure(config);
     }
 
   private:
@@ -307,6 +305,7 @@ struct Worker {
 constexpr int SCORE_BYTES = SCORE_STRIDE * sizeof(float), PAIR_BYTES = PAGE * 2 * sizeof(bf16);
 
 void scores_few(const bf16* queries, int size, const bf16* const* keys, int pages, float* scores) {
+    fence();
     for (int i = 0; i < pages; i += 2) {
         const bool both = i + 1 < pages;
         _tile_zero(0);
@@ -339,6 +338,7 @@ void scores_few(const bf16* queries, int size, const bf16* const* keys, int page
 }
 
 void scores_many(const bf16* queries, int size, const bf16* const* keys, int pages, float* scores) {
+    fence();
     const bf16* lower = queries + 16 * size;
     for (int i = 0; i < pages; ++i) {
         _tile_zero(0);
@@ -366,6 +366,7 @@ void scores_many(const bf16* queries, int size, const bf16* const* keys, int pag
 
 // out = (first ? 0 : out) + shares × values
 void products_few(const float* shares, int size, const bf16* const* values, int pages, bool first, float* out) {
+    fence();
     const int bytes = size * int(sizeof(float));
     for (int c = 0; c < size; c += 64) {
         const bool four = c + 32 < size;
@@ -407,6 +408,7 @@ void products_few(const float* shares, int size, const bf16* const* values, int 
 }
 
 void products_many(const float* shares, int size, const bf16* const* values, int pages, bool first, float* out) {
+    fence();
     const int bytes = size * int(sizeof(float));
     const float* lower = shares + 16 * SCORE_STRIDE;
     for (int c = 0; c < size; c += 32) {
@@ -542,15 +544,18 @@ bf16* out_row(const Plan& plan, const Call& call, const Span& span, const Item& 
     return call.out + (span.first_token + row / plan.group) * call.out_row + head * plan.head_dim;
 }
 
-// Of a part: [rows] highest scores, [rows] sums, [rows, D] results, for up to 32 rows.
-inline int64_t part_floats(int size) { return int64_t(BLOCK_ROWS) * (size + 2); }
+// Rows of an item that is a part: those of one token.
+inline int64_t part_rows(const Plan& plan) { return std::min(plan.group, BLOCK_ROWS); }
+
+// Of a part: [rows] highest scores, [rows] sums, [rows, D] results.
+inline int64_t part_floats(const Plan& plan) { return part_rows(plan) * (plan.head_dim + 2); }
 
 // By whoever finishes the last part; in the order of the sequence.
 void merge(const Plan& plan, const Call& call, const Item& item, float* parts, float factor) {
     const Span& span = plan.spans[item.span];
     const Split& split = plan.splits[item.split];
     const int size = plan.head_dim;
-    const int64_t step = part_floats(size);
+    const int64_t step = part_floats(plan), most = part_rows(plan);
     float* begin = parts + split.first * step;
     for (int r = 0; r < item.rows; ++r) {
         float highest = NEVER, sum = 0.0f;
@@ -558,7 +563,7 @@ void merge(const Plan& plan, const Call& call, const Item& item, float* parts, f
         for (int i = 0; i < split.parts; ++i) {
             float& of_part = begin[i * step + r];  // becomes the weight; a part that is outside the window has none
             of_part = of_part == NEVER ? 0.0f : std::exp2((of_part - highest) * factor);
-            if (of_part != 0.0f) sum += of_part * begin[i * step + BLOCK_ROWS + r];
+            if (of_part != 0.0f) sum += of_part * begin[i * step + most + r];
         }
         bf16* to = out_row(plan, call, span, item, r);
         for (int c = 0; c < size; c += 16) {
@@ -566,7 +571,7 @@ void merge(const Plan& plan, const Call& call, const Item& item, float* parts, f
             for (int i = 0; i < split.parts; ++i) {
                 const float* part = begin + i * step;
                 if (part[r] == 0.0f) continue;
-                const __m512 o = _mm512_loadu_ps(part + 2 * BLOCK_ROWS + r * size + c);
+                const __m512 o = _mm512_loadu_ps(part + 2 * most + r * size + c);
                 total = _mm512_fmadd_ps(o, _mm512_set1_ps(part[r]), total);
             }
             store16(to + c, _mm512_div_ps(total, _mm512_set1_ps(sum)));
@@ -642,12 +647,13 @@ void attend(Plan& plan, const Call& call, const Item& item, const Worker& w, Row
         }
         return;
     }
-    float* part = parts + (plan.splits[item.split].first + item.part) * part_floats(size);
+    const int64_t most = part_rows(plan);
+    float* part = parts + (plan.splits[item.split].first + item.part) * part_floats(plan);
     for (int r = 0; r < item.rows; ++r) {
         part[r] = pages.first < pages.stop ? w.highest[r] : NEVER;
-        part[BLOCK_ROWS + r] = _mm512_reduce_add_ps(_mm512_loadu_ps(w.sums + r * 16));
+        part[most + r] = _mm512_reduce_add_ps(_mm512_loadu_ps(w.sums + r * 16));
     }
-    std::memcpy(part + 2 * BLOCK_ROWS, w.out, size_t(item.rows) * size * sizeof(float));
+    std::memcpy(part + 2 * most, w.out, size_t(item.rows) * size * sizeof(float));
     if (plan.unfinished[item.split].fetch_sub(1, std::memory_order_acq_rel) == 1) {
         merge(plan, call, item, parts, factor);
     }
@@ -705,7 +711,7 @@ extern "C" __attribute__((visibility("default"))) void* lorafleet_attention_plan
             plan.items.begin(), plan.items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
         plan.unfinished = std::vector<std::atomic<int32_t>>(plan.splits.size());
         return new Plan(std::move(plan));
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
         return nullptr;
     }
 }
@@ -720,7 +726,7 @@ extern "C" __attribute__((visibility("default"))) int lorafleet_attention(void* 
     Plan& plan = *static_cast<Plan*>(step);
     const Call& call = *static_cast<const Call*>(layer);
     const size_t each = Worker::bytes(plan.head_dim);
-    const size_t parts_bytes = size_t(plan.parts) * part_floats(plan.head_dim) * sizeof(float);
+    const size_t parts_bytes = size_t(plan.parts) * size_t(part_floats(plan)) * sizeof(float);
     char* room;
     try {
         room = static_cast<char*>(memory.bytes(each * call.threads + parts_bytes));
@@ -750,3 +756,6 @@ extern "C" __attribute__((visibility("default"))) int lorafleet_attention(void* 
     }
     return 0;
 }
+
+// Of the structure that the Python side mirrors.
+extern "C" __attribute__((visibility("default"))) int64_t lorafleet_attention_call_bytes() { return sizeof(Call); }

@@ -1,14 +1,16 @@
 """Compiles the C++ kernels of this folder, once for each version of them, where they can run and a compiler is there.
 
-As PyTorch's inductor and Triton do, on the machine that runs them: 10 s at the first use, then a file in the user's
-cache. Nothing depends on it: without, the library's own products serve.
+As PyTorch's inductor and Triton do, on the machine that runs them: 2 s at the first use, then a file in the user's
+cache, which nobody else may write. Nothing depends on it: without, the library's own products serve.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -18,11 +20,13 @@ _SOURCES = Path(__file__).parent
 # Not -march=native: virtual machines report processors that compilers know without the matrix unit.
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra",
-    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC 12 finds them in its own headers
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # GCC 12 finds them in its own headers (its bug 105593)
     "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mamx-tile",
     "-mamx-bf16",
 )  # fmt: skip
 _SECONDS = 300.0
+# Versions that are kept: those of a few checkouts and environments that are used in turns.
+_KEPT = 6
 
 
 class BuildError(Exception):
@@ -41,35 +45,60 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
         raise BuildError("this user has no home folder to keep compiled kernels in; set XDG_CACHE_HOME") from None
 
 
-def build(folder: Path) -> Path:
-    """The compiled library's file in ``folder``, made now unless it is there.
+def build(folder: Path, *, again: bool = False) -> Path:
+    """The compiled library's file in ``folder``, made now unless it is there; ``again``: made in any case.
 
-    Raises BuildError where no compiler is found or it fails.
+    Raises BuildError where no compiler is found or it fails, or where others may write what would be loaded.
     """
     sources = sorted(_SOURCES.glob("*.cpp"))
-    digest = hashlib.sha256("\0".join(_FLAGS).encode())
+    # What it runs on counts: a home may be shared by machines with different C libraries.
+    digest = hashlib.sha256("\0".join((*_FLAGS, platform.machine(), *platform.libc_ver())).encode())
     for source in sorted(_SOURCES.glob("*.h")) + sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     made = folder / f"kernels-{digest.hexdigest()[:16]}.so"
-    if made.exists():
-        return made
+    try:
+        if again or not made.exists():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _check_owner(folder)
+            _compile(sources, made)
+            _forget_old(folder, made)
+        _check_owner(folder)
+        _check_owner(made)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the kernels could not be compiled into {folder}: {error}") from None
+    return made
+
+
+def _compile(sources: list[Path], made: Path) -> None:
     # GCC alone: its OpenMP is torch's. With another's, two teams of threads would share the cores.
     compiler = shutil.which("g++")
     if compiler is None:
         raise BuildError("no g++ was found; install GCC 11 or newer")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Under another name first: processes that start together must not load half a file.
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            unfinished = Path(work) / made.name
-            command = [compiler, *_FLAGS, *map(str, sources), "-o", str(unfinished)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-            if done.returncode != 0:
-                raise BuildError(f"{compiler} failed; GCC 11 or newer is needed: {_first_error(done.stderr)}")
-            unfinished.replace(made)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"the kernels could not be compiled into {folder}: {error}") from None
-    return made
+    # Under another name first: processes that start together must not load half a file.
+    with tempfile.TemporaryDirectory(dir=made.parent) as work:
+        unfinished = Path(work) / made.name
+        command = [compiler, *_FLAGS, *map(str, sources), "-o", str(unfinished)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        if done.returncode != 0:
+            raise BuildError(f"{compiler} failed; GCC 11 or newer is needed: {_first_error(done.stderr)}")
+        unfinished.chmod(0o700)
+        unfinished.replace(made)
+
+
+def _check_owner(path: Path) -> None:
+    """Whoever can write what is loaded here runs code as this user."""
+    found = path.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BuildError(
+            f"{path} belongs to user {found.st_uid} with mode {stat.filemode(found.st_mode)}; expected this user's "
+            f"({os.geteuid()}) own, and writable by nobody else: remove it, or set XDG_CACHE_HOME to another folder"
+        )
+
+
+def _forget_old(folder: Path, made: Path) -> None:
+    others = sorted(folder.glob("kernels-*.so"), key=lambda file: file.stat().st_mtime)
+    for file in [file for file in others if file != made][: 1 - _KEPT]:
+        file.unlink(missing_ok=True)
 
 
 def _first_error(text: str) -> str:

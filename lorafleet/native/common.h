@@ -22,6 +22,8 @@ constexpr int TILE_ROWS = 16;
 constexpr int TILE_K = 32;        // elements of the inner dimension in a tile
 constexpr int TILE_ELEMENTS = 512;
 constexpr int BLOCK_ROWS = 32;    // tokens that are computed together: two tiles
+constexpr int PAGE_TOKENS = 32;   // of keys and values
+constexpr int MOST_MODULES = 8;   // of a group of linears
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -81,7 +83,10 @@ struct alignas(64) TileConfig {
 };
 
 // All that was stored so far is in memory before a tile is loaded: to the compiler its load reads nothing.
-inline void written() { asm volatile("" ::: "memory"); }
+inline void fence() { asm volatile("" ::: "memory"); }
+
+// As assembly: compilers drop the stores before the intrinsic, which they take to read eight bytes.
+inline void configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
 
 // Sets the calling thread's tiles up for blocks of some rows, and remembers for how many.
 class Tiles {
@@ -101,8 +106,7 @@ class Tiles {
             config.rows[i] = uint8_t(height[i]);
             config.column_bytes[i] = height[i] ? 64 : 0;
         }
-        // As assembly: compilers drop the stores before the intrinsic, which they take to read eight bytes.
-        asm volatile("ldtilecfg %0" ::"m"(config));
+        configure(config);
     }
 
   private:
@@ -114,6 +118,9 @@ class Tiles {
 // A buffer that grows and is never given back; contents are lost when it grows.
 class Scratch {
   public:
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
     ~Scratch() { std::free(data_); }
     void* bytes(size_t wanted) {
         if (wanted > size_) {

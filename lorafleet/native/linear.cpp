@@ -29,7 +29,7 @@ struct Linear {
     int32_t float_out;    // 1: y is float32
     int32_t modules;      // of the group
     int32_t first_module; // its place among all modules of the model
-    int32_t columns[9];   // where modules begin in y, and n
+    int32_t columns[MOST_MODULES + 1];  // where modules begin in y, and n
 };
 
 namespace {
@@ -62,7 +62,7 @@ template <bool TWO_ROWS, int UNIT>
 inline void expand(const bf16* h, int64_t columns, const char* b) {
     const size_t stride = size_t(columns) * sizeof(bf16);
     const bf16* lower = h + TILE_ROWS * columns;
-    written();
+    fence();
     for (int64_t i = 0; i < columns; i += TILE_K, b += 1024) {
         _tile_loadd(4, h + i, stride);
         if (TWO_ROWS) _tile_loadd(5, lower + i, stride);
@@ -185,7 +185,7 @@ inline void store_tiles(float* c) {
 
 template <bool TWO_ROWS>
 inline void load_tiles(const float* c) {
-    written();
+    fence();
     _tile_loadd(0, c, 64);
     _tile_loadd(2, c + BLOCK_ROWS * 16, 64);
     if (TWO_ROWS) {
@@ -226,9 +226,9 @@ struct Pending {
     int64_t first, columns[2];
     int turn = 0, row = 0, rows = 0;
 
-    float* free() { return c[1 - turn]; }
+    float* room() { return c[1 - turn]; }
 
-    // What lies in free() is a panel now; what was there before is written.
+    // What lies in room() is a panel now; what was there before is written.
     void take(const Linear& of, const Output& to, int64_t block, int count, const int64_t at[2]) {
         finish();
         turn = 1 - turn;
@@ -261,7 +261,7 @@ struct Pending {
 template <bool TWO_ROWS, bool STREAMS>
 inline void multiply(const bf16* x, size_t stride, const bf16* panel, int k, Pending& pending) {
     const bf16* lower = (const bf16*)((const char*)x + TILE_ROWS * stride);
-    written();
+    fence();
     for (int i = 0; i < k; i += TILE_K, panel += 2 * TILE_ELEMENTS) {
         if (STREAMS) {
             const char* ahead = (const char*)panel + PREFETCH_BYTES;
@@ -321,7 +321,7 @@ void compute(const Linear& group, const bf16* x, int64_t x_stride, int64_t block
                 if (fresh) gathered.block[0] = gathered.block[1] = -1;
                 expand_panel<TWO_ROWS>(group, block, columns, work.layout, h, gathered);
             }
-            store_tiles<TWO_ROWS>(work.pending.free());
+            store_tiles<TWO_ROWS>(work.pending.room());
             work.pending.take(group, out, block, rows, columns);
             if (sliced) work.pending.finish();
         }
@@ -330,8 +330,8 @@ void compute(const Linear& group, const bf16* x, int64_t x_stride, int64_t block
 
 // What the threads of one call share.
 struct Shared {
-    std::atomic<int64_t> next_strip{0}, next_group{0};
-    const bf16* x;
+    alignas(64) std::atomic<int64_t> next_strip{0}, next_group{0};
+    alignas(64) const bf16* x;
     int64_t x_stride;
     const float* gates;
     bf16* h = nullptr;
@@ -408,6 +408,8 @@ extern "C" __attribute__((visibility("default"))) int lorafleet_linear(
     const Linear* group, const bf16* x, int64_t x_stride, int64_t tokens, void* y, int64_t y_stride,
     const bf16* residual, int64_t residual_stride, const Mixture* mixture, int threads) {
     static thread_local Scratch norm_memory, gate_memory, h_memory;
+    // Bound here: inside the region below each thread would have buffers of its own.
+    Scratch &norm_room = norm_memory, &gate_room = gate_memory, &h_room = h_memory;
     try {
         Shared shared;
         shared.x = x;
@@ -416,14 +418,14 @@ extern "C" __attribute__((visibility("default"))) int lorafleet_linear(
         if (group->norm) {
             // A line more than the row: rows of 4 KB would all fall into the same sets of the cache.
             shared.x_stride = group->k + 32;
-            normal = (bf16*)norm_memory.bytes(size_t(tokens * shared.x_stride) * sizeof(bf16));
+            normal = (bf16*)norm_room.bytes(size_t(tokens * shared.x_stride) * sizeof(bf16));
             shared.x = normal;
         }
         float* gates = nullptr;
         if (mixture) {
             shared.gates = mixture->gates;
             if (mixture->eligible) {
-                gates = (float*)gate_memory.bytes(size_t(tokens * mixture->adapters) * sizeof(float));
+                gates = (float*)gate_room.bytes(size_t(tokens * mixture->adapters) * sizeof(float));
                 shared.gates = gates;
             }
         }
@@ -463,7 +465,7 @@ extern "C" __attribute__((visibility("default"))) int lorafleet_linear(
 #pragma omp single
                 {
                     try {
-                        if (has_mixture) shared.h = (bf16*)h_memory.bytes(work.layout.size() * sizeof(bf16));
+                        if (has_mixture) shared.h = (bf16*)h_room.bytes(work.layout.size() * sizeof(bf16));
                     } catch (...) {
                         failed = true;
                     }
@@ -494,3 +496,7 @@ extern "C" __attribute__((visibility("default"))) int lorafleet_linear(
         return 1;
     }
 }
+
+// Of the structures that the Python side mirrors.
+extern "C" __attribute__((visibility("default"))) int64_t lorafleet_linear_bytes() { return sizeof(Linear); }
+extern "C" __attribute__((visibility("default"))) int64_t lorafleet_mixture_bytes() { return sizeof(Mixture); }

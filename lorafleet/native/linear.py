@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafleet.native import library
-
-MOST_MODULES = 8
-"""of a group"""
-INNER = 32
-"""d_in is a multiple of this"""
-UNIT = 16
-"""columns that an adapter's rows are laid out by: every module's d_out is a multiple of it"""
+from lorafleet.native import INNER, MOST_MODULES, UNIT, library
 
 _Pointer, _Long, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -39,6 +33,20 @@ class _LinearArguments(ctypes.Structure):
         ("gated", _Int), ("float_out", _Int), ("modules", _Int), ("first_module", _Int),
         ("columns", _Int * (MOST_MODULES + 1)),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """One step's gates and adapters, as the kernel reads them."""
+
+    arguments: MixtureArguments
+    tokens: int
+    kept: tuple[object, ...]
+    """what the addresses among the arguments point at"""
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.arguments)
 
 
 class Linear:
@@ -64,6 +72,14 @@ class Linear:
         """``panels`` from :func:`panels_of` (None: the residual and the mixture alone), ``bias [Σ d_out]`` float32,
         ``norm`` its weight ``[d_in]`` and epsilon, ``first_module`` the group's place among all modules of the mixture.
         """
+        fits = d_in > 0 and d_in % INNER == 0 and 0 < len(d_outs) <= MOST_MODULES
+        if len(d_outs) > 1:
+            fits = fits and all(d_out % UNIT == 0 for d_out in d_outs)
+        if not fits or (gated and sum(d_outs) % (2 * UNIT) != 0):
+            raise ValueError(
+                f"found d_in {d_in} and columns {list(d_outs)}; expected d_in a multiple of {INNER}, at most "
+                f"{MOST_MODULES} modules, each of several a multiple of {UNIT} wide, and such halves where gated"
+            )
         if gated and float_out:
             raise ValueError("found gated and float_out, expected one of them: what is gated is written as bfloat16")
         for name, tensor, dtype, size in (
@@ -98,9 +114,11 @@ class Linear:
         # Rows a multiple of 2 KB apart would share few sets of the cache; the next product reads them as columns.
         self._spare = 32 if self.columns % 1024 == 0 else 0
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, mixture: int | None = None) -> Tensor:
-        """``x [T, d_in]`` bfloat16 with neighbouring columns, ``residual [T, Σ d_out]`` likewise, ``mixture`` the
-        address of :class:`MixtureArguments` for these tokens. Raises ValueError for what the kernel cannot read."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None, mixture: Mixture | None = None) -> Tensor:
+        """``x [T, d_in]`` bfloat16 with neighbouring columns, ``residual [T, Σ d_out]`` likewise.
+
+        Raises ValueError for what the kernel cannot read, and for a mixture of other tokens.
+        """
         tokens = x.shape[0]
         if self._spare:
             y = torch.empty(tokens, self.columns + self._spare, dtype=self._dtype)[:, : self.columns]
@@ -109,13 +127,13 @@ class Linear:
         self._run(y, x, residual, mixture)
         return y
 
-    def into(self, y: Tensor, x: Tensor, residual: Tensor | None, mixture: int | None) -> None:
+    def into(self, y: Tensor, x: Tensor, residual: Tensor | None, mixture: Mixture | None) -> None:
         """The same into ``y``, which may be the residual."""
         if y.dtype != self._dtype or y.shape != (x.shape[0], self.columns) or y.stride(1) != 1:
             raise ValueError(f"found y {_words(y)}; expected [{x.shape[0]}, {self.columns}] of {self._dtype}")
         self._run(y, x, residual, mixture)
 
-    def _run(self, y: Tensor, x: Tensor, residual: Tensor | None, mixture: int | None) -> None:
+    def _run(self, y: Tensor, x: Tensor, residual: Tensor | None, mixture: Mixture | None) -> None:
         if x.dtype != torch.bfloat16 or x.stride(1) != 1 or x.shape[1] != self._d_in:
             raise ValueError(f"found x {_words(x)}; expected [T, {self._d_in}] of torch.bfloat16, columns side by side")
         added, added_stride = None, 0
@@ -126,9 +144,11 @@ class Linear:
                     "side, and none for what is gated"
                 )
             added, added_stride = residual.data_ptr(), residual.stride(0)
+        if mixture is not None and mixture.tokens != x.shape[0]:
+            raise ValueError(f"found gates of {mixture.tokens} tokens for {x.shape[0]}, expected as many")
         failed = self._call(
             self._address, x.data_ptr(), x.stride(0), x.shape[0], y.data_ptr(), y.stride(0), added, added_stride,
-            mixture, torch.get_num_threads(),
+            None if mixture is None else mixture.address, torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the product of {x.shape[0]} tokens with {self.columns} columns")
@@ -164,4 +184,9 @@ def _function() -> Any:
         _Pointer, _Pointer, _Long, _Long, _Pointer, _Long, _Pointer, _Long, _Pointer, ctypes.c_int,
     )  # fmt: skip
     function.restype = ctypes.c_int
+    for mirrored, bytes_of in (
+        (_LinearArguments, loaded.lorafleet_linear_bytes), (MixtureArguments, loaded.lorafleet_mixture_bytes),
+    ):  # fmt: skip
+        bytes_of.restype = ctypes.c_int64
+        assert ctypes.sizeof(mirrored) == bytes_of(), mirrored
     return function

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def huge_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def huge_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor of zeros on the CPU, whose memory is taken when it is first touched.
 
     Read in pages of 2 MB as against 4 kB: 33 and 24 GB/s on two cores with 480 MB of shared cache. Elsewhere than on
@@ -21,5 +22,6 @@ def huge_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.zeros(*shape, dtype=dtype)
     # Private: what is shared, mmap's default, lies in files of memory, and those get no huge pages.
     memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)  # which holds the mapping

@@ -138,9 +138,9 @@ inline void token_gates(const Mixture& mixture, int first_module, int modules, c
             for (int module = 0; module < modules && !gate; ++module) gate = pages[module].gate;
             if (!gate) continue;  // no rows here
             __m512 sum = _mm512_setzero_ps();
-            for (int i = 0; i < k; i += 32)
-                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x + token * x_stride + i),
-                                       (__m512bh)_mm512_loadu_si512(gate + i));
+            for (int at = 0; at < k; at += 32)
+                sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(x + token * x_stride + at),
+                                       (__m512bh)_mm512_loadu_si512(gate + at));
             candidates.push_back({_mm512_reduce_add_ps(sum), adapter});
         }
         const size_t count = candidates.size() < size_t(mixture.top_k[token]) ? candidates.size()
@@ -226,7 +226,7 @@ inline void shrink(const bf16* x, int64_t x_stride, int k, const Strip& one, con
     const size_t a_stride = size_t(one.width) * 4, b_stride = other ? size_t(other->width) * 4 : 0;
     const size_t a_step = size_t(one.width) * TILE_K, b_step = other ? size_t(other->width) * TILE_K : 0;
     constexpr int AHEAD = 2048;  // bytes; the next strips of an adapter mostly follow
-    written();
+    fence();
     _tile_zero(0);
     if (two_rows) _tile_zero(1);
     if (other) {

@@ -12,6 +12,10 @@ import torch
 
 from lorafleet.engine import Engine, Generation
 from lorafleet.engine.runner import ModelRunner
+from lorafleet.errors import InvalidInputError, NotFoundError
+from lorafleet.kernels import CostModel
+from lorafleet.kernels.cost_model import Coefficients
+from lorafleet.kernels.dispatch import Dispatcher
 from tests.engine.bases import PROMPTS, to_length
 
 
@@ -166,3 +170,22 @@ def test_stats_count_tokens_requests_and_steps(engine: Engine, adapters: dict[st
 def test_streaming_reads_do_not_need_autograd(engine: Engine) -> None:
     with torch.enable_grad():
         assert engine.generate([[1]], sampling=to_length(2))[0].token_ids
+
+
+def test_a_fitted_cost_model_chooses_the_paths(base_folder: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    prices = {"dense float32": Coefficients(9.0, 9.0, 9.0), "segmented float32": Coefficients(1.0, 1.0, 1.0)}
+    CostModel(prices).save(tmp_path / "fitted.json")
+    engine = Engine.load(base_folder, dtype="float32", cost_model=tmp_path / "fitted.json")
+    engine.add_adapter("a", adapters["a"])
+    assert engine.generate([[1, 2, 3]], mixes=[{"a": 1.0}], sampling=to_length(3))[0].finish_reason == "length"
+    dispatcher = engine._runner._context.path
+    assert isinstance(dispatcher, Dispatcher)
+    assert dispatcher.models["cpu"].coefficients == prices
+
+
+def test_a_cost_model_of_another_device_or_none_at_all_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    CostModel({}, "cuda").save(tmp_path / "gpu.json")
+    with pytest.raises(InvalidInputError, match="fitted on cuda"):
+        Engine.load(base_folder, dtype="float32", cost_model=tmp_path / "gpu.json")
+    with pytest.raises(NotFoundError, match="bench kernels --fit"):
+        Engine.load(base_folder, dtype="float32", cost_model=tmp_path / "none.json")

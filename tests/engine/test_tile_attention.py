@@ -15,7 +15,7 @@ from lorafleet.engine.attention import Span
 from lorafleet.engine.kv_pages import PAGE_TOKENS, pages_for
 from lorafleet.engine.tile_attention import TileAttention
 from lorafleet.engine.tile_pages import TilePages
-from lorafleet.native.memory import huge_empty
+from lorafleet.native.memory import huge_zeros
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not())
 
@@ -321,12 +321,12 @@ def test_a_page_takes_the_bytes_that_were_planned() -> None:
 
 
 def test_mapped_memory_lives_as_long_as_a_view_of_it() -> None:
-    view = huge_empty((3, 5, 7), torch.float32)[1, 2]
+    view = huge_zeros((3, 5, 7), torch.float32)[1, 2]
     gc.collect()
     assert view.count_nonzero() == 0
     view += 1
     assert view.sum() == 7
-    assert huge_empty((0, 3), KIND).shape == (0, 3)
+    assert huge_zeros((0, 3), KIND).shape == (0, 3)
 
 
 def test_what_cannot_be_computed_here_is_said() -> None:

@@ -29,7 +29,8 @@ from lorafleet.kernels.bank import can_tile
 from lorafleet.kernels.dispatch import Dispatcher
 from lorafleet.kernels.reference import mixture_reference
 from lorafleet.kernels.tile_pages import TilePage, TileTable, tile_page
-from lorafleet.kernels.tiles import BLOCK_TOKENS, tile_gates
+from lorafleet.kernels.tiles import tile_mixture
+from lorafleet.native import BLOCK_TOKENS
 from lorafleet.native.linear import MOST_MODULES, Linear, panels_of
 from tests.kernels.cases import (
     BFLOAT16,
@@ -461,7 +462,7 @@ def test_an_adapter_without_gates_cannot_be_routed() -> None:
     assert packing.tiles is not None
     plan = Plan([Run(TokenRoute(("with", "without"), top_k=1), 1)], packing.keys)
     with pytest.raises(ValueError, match="no gates for token-level routing in: 'without'"):
-        tile_gates(plan, packing.tiles)
+        tile_mixture(plan, packing.tiles)
     y = torch.zeros(1, 80, dtype=BFLOAT16)
     with pytest.raises(ValueError, match="'without'"):
         PATHS["tiles"](y, torch.ones(1, 64, dtype=BFLOAT16), packing.groups["qkv"], plan)
@@ -530,7 +531,7 @@ def test_base_and_mixture_in_one_are_the_products_of_merged_weights(around: bool
         norm=(norm, 1e-5) if around else None,
         gated=gated,
     )
-    y = kernel(x, residual, tile_gates(plan, packing.tiles).address)
+    y = kernel(x, residual, tile_mixture(plan, packing.tiles))
 
     read = x.double()
     if around:
@@ -556,7 +557,7 @@ def test_gates_are_those_of_the_normalised_input() -> None:
     norm = torch.linspace(0.5, 1.5, 64).to(BFLOAT16)
     weight = torch.zeros(64, 64, dtype=BFLOAT16)
     kernel = Linear(panels_of(weight), d_in=64, d_outs=(48, 16), norm=(norm, 1e-5))
-    y = kernel(x, None, tile_gates(plan, packing.tiles).address)
+    y = kernel(x, None, tile_mixture(plan, packing.tiles))
     expected = torch.zeros(40, 64, dtype=BFLOAT16)
     mixture_reference(expected, functional.rms_norm(x, (64,), norm, 1e-5), packing.groups["group"], plan)
     check_close(y, expected)
@@ -584,7 +585,7 @@ def errors(*, size: float, weights: list[float], ranks: list[int], tokens: int, 
     packing = bank.pack([key for key, _ in mix])
     plan = Plan([Run(tuple(mix), tokens)], packing.keys)
     assert packing.tiles is not None
-    together = Linear(panels_of(w), d_in=D_IN, d_outs=[D_OUT])(x, None, tile_gates(plan, packing.tiles).address)
+    together = Linear(panels_of(w), d_in=D_IN, d_outs=[D_OUT])(x, None, tile_mixture(plan, packing.tiles))
     added = x @ w.T
     PATHS["tiles"](added, x, packing.groups["group"], plan)
     exact = x.double() @ model.T

@@ -8,7 +8,7 @@ import mmap
 import pytest
 import torch
 
-from lorafleet.native.memory import huge_empty
+from lorafleet.native.memory import huge_zeros
 
 SHAPES = [(1,), (3, 5, 7), (700_000,), (2, 1, 300_000)]  # the last two take more than one page of 2 MB, or almost
 
@@ -21,7 +21,7 @@ def test_it_is_zeros_of_the_shape_and_dtype(
 ) -> None:
     if not mapped:
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    found = huge_empty(shape, dtype)
+    found = huge_zeros(shape, dtype)
     assert (tuple(found.shape), found.dtype, found.is_contiguous()) == (shape, dtype, True)
     assert found.count_nonzero() == 0
     found.fill_(3)
@@ -30,17 +30,17 @@ def test_it_is_zeros_of_the_shape_and_dtype(
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0, 2)])
 def test_nothing_has_its_shape_too(shape: tuple[int, ...]) -> None:
-    found = huge_empty(shape, torch.bfloat16)
+    found = huge_zeros(shape, torch.bfloat16)
     assert (tuple(found.shape), found.dtype) == (shape, torch.bfloat16)
 
 
 def test_memory_stays_as_long_as_one_view_of_it() -> None:
-    whole = huge_empty((1000, 1000), torch.float32)
+    whole = huge_zeros((1000, 1000), torch.float32)
     rows = whole[10:20]
     view = rows[3].view(10, 100)[:, ::2]
     del whole, rows
     gc.collect()
-    others = [huge_empty((1000, 1000), torch.float32).fill_(1) for _ in range(4)]
+    others = [huge_zeros((1000, 1000), torch.float32).fill_(1) for _ in range(4)]
     assert view.count_nonzero() == 0
     view += 2
     assert view.sum() == 2 * view.numel()
@@ -48,6 +48,6 @@ def test_memory_stays_as_long_as_one_view_of_it() -> None:
 
 
 def test_two_tensors_share_nothing() -> None:
-    first, second = (huge_empty((100,), torch.float32) for _ in range(2))
+    first, second = (huge_zeros((100,), torch.float32) for _ in range(2))
     first.fill_(1)
     assert second.count_nonzero() == 0

@@ -5,19 +5,20 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lorafleet import native
 from lorafleet.engine.attention import Span
 from lorafleet.engine.kv_pages import PAGE_TOKENS, pages_for
 from lorafleet.engine.tile_attention import TileAttention
 from lorafleet.engine.tile_pages import TilePages
 from lorafleet.native.memory import huge_zeros
+from tests.native.marks import needs_tiles
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not())
+pytestmark = needs_tiles
 
 CPU, KIND = torch.device("cpu"), torch.bfloat16
 LAYER = 1
@@ -334,3 +335,39 @@ def test_what_cannot_be_computed_here_is_said() -> None:
     assert not TileAttention.supports(80, KIND, CPU)
     assert not TileAttention.supports(64, torch.float32, CPU)
     assert not TileAttention.supports(64, KIND, torch.device("cuda"))
+
+
+def test_a_token_alone_beyond_a_part_differs_from_a_chunk_by_rounding_only() -> None:
+    """The sequence is cut for it, so that its shares are summed in another order."""
+    sequences = Sequences([(0, 700)], group=3)
+    whole, new, pages = sequences.attend(), sequences.new(), sequences.spans[0].pages
+    for start, stop in ((0, 600), (600, 601), (601, 700)):
+        step = TileAttention([Span(pages, start, stop)], cache=sequences.cache)
+        found = step(LAYER, *(x[start:stop] for x in new), scale=0.2)
+        torch.testing.assert_close(found, whole[start:stop], rtol=2**-7, atol=2**-9)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"cos": torch.zeros(1, 3, 16, dtype=KIND)}, "cosines"),
+        ({"sin": torch.zeros(1, 2, 32, dtype=KIND)}, "sines"),
+        ({"kv_heads": 1}, "found qkv"),
+        ({"heads": 5}, "found qkv"),
+    ],
+)
+def test_what_does_not_fit_the_pages_is_refused(wrong: dict[str, Any], words: str) -> None:
+    cache = TilePages(layers=1, kv_heads=2, head_dim=32, pages=1, device=CPU, dtype=KIND)
+    step = TileAttention([Span([0], 0, 3)], cache=cache)
+    turns = torch.zeros(1, 3, 32, dtype=KIND)
+    fitting = {"heads": 4, "kv_heads": 2, "cos": turns, "sin": turns, "scale": 1.0}
+    qkv = torch.zeros(3, 8 * 32, dtype=KIND)
+    assert step.rotated(0, qkv, **fitting).shape == (3, 128)
+    with pytest.raises(ValueError, match=words):
+        step.rotated(0, qkv, **fitting | wrong)
+
+
+def test_too_few_pages_for_a_span_are_refused() -> None:
+    cache = TilePages(layers=1, kv_heads=2, head_dim=32, pages=4, device=CPU, dtype=KIND)
+    with pytest.raises(ValueError, match="found 1 pages for 33 tokens"):
+        TileAttention([Span([0], 0, 33)], cache=cache)

@@ -613,3 +613,18 @@ def test_error_is_at_most_that_of_a_merged_model(adapters: int, size: float) -> 
                 # Where the result is mostly the base's, its weight's rounding is what the merged model has besides:
                 # measured 0.72. Where it is mostly the adapters', A, B and the intermediate are rounded: 1.40.
                 assert together < 1.0 or size > 0.1, (ranks, weights, tokens)
+
+
+def test_a_plan_over_other_adapters_or_tokens_is_refused() -> None:
+    bank = tile_bank()
+    add(bank, "a", {"q": 2})
+    add(bank, "b", {"q": 3})
+    packing = bank.pack(["a"])
+    x, y = torch.ones(4, 64, dtype=BFLOAT16), torch.zeros(4, 80, dtype=BFLOAT16)
+    both = Plan([Run((("a", 1.0), ("b", 1.0)), 4)], ("a", "b"))
+    with pytest.raises(ValueError, match="a plan over 2 adapters and a packing of 1"):
+        PATHS["tiles"](y, x, packing.groups["qkv"], both)
+    short = Plan([Run((("a", 1.0),), 3)], packing.keys)
+    with pytest.raises(ValueError, match="gates of 3 tokens for 4"):
+        PATHS["tiles"](y, x, packing.groups["qkv"], short)
+    assert y.eq(0).all()

@@ -166,6 +166,48 @@ def test_a_folder_that_cannot_be_written_is_named(compiler: Callable[[str], Path
         build(tmp_path / "file" / "lorafleet")
 
 
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_what_others_may_write_is_not_loaded(compiler: Callable[[str], Path], tmp_path: Path, mode: int) -> None:
+    compiler(COMPILES)
+    made = build(tmp_path / "cache")
+    made.chmod(mode)
+    with pytest.raises(BuildError, match="writable by nobody else"):
+        build(tmp_path / "cache")
+    made.chmod(0o700)
+    assert build(tmp_path / "cache") == made
+    (tmp_path / "cache").chmod(mode | 0o700)
+    with pytest.raises(BuildError, match="XDG_CACHE_HOME"):
+        build(tmp_path / "cache")
+
+
+def test_a_folder_that_is_made_is_for_nobody_else(compiler: Callable[[str], Path], tmp_path: Path) -> None:
+    compiler(COMPILES)
+    build(tmp_path / "cache")
+    assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
+
+
+def test_versions_that_were_used_long_ago_go(compiler: Callable[[str], Path], tmp_path: Path) -> None:
+    compiler(COMPILES)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for age in range(9):
+        old = folder / f"kernels-{age:016}.so"
+        old.touch()
+        os.utime(old, (1e9 - age, 1e9 - age))
+    made = build(folder)
+    assert sorted(file.name for file in folder.iterdir()) == sorted(
+        [made.name, *(f"kernels-{age:016}.so" for age in range(5))]
+    )
+
+
+def test_what_is_asked_for_again_is_compiled_again(compiler: Callable[[str], Path], tmp_path: Path) -> None:
+    compiler(COMPILES)
+    made = build(tmp_path / "cache")
+    made.write_text("damaged")
+    assert build(tmp_path / "cache").read_text() == "damaged"
+    assert build(tmp_path / "cache", again=True).read_text() != "damaged"
+
+
 def test_cache_is_the_users() -> None:
     assert cache_folder({"XDG_CACHE_HOME": "/some/cache"}) == Path("/some/cache/lorafleet")
     assert cache_folder({}) == cache_folder({"XDG_CACHE_HOME": ""}) == Path.home() / ".cache" / "lorafleet"
@@ -190,6 +232,12 @@ def test_without_a_matrix_unit_there_is_no_library_and_a_reason(
     monkeypatch.setattr(native, "build", lambda _: pytest.fail("nothing is compiled where it could not run"))
     assert native.library() is None
     assert "no matrix unit (AMX)" in native.why_not()
+
+
+def test_a_torch_without_these_names_is_no_error(anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert native.library() is None
+    assert "this version of torch" in native.why_not()
 
 
 def test_where_the_system_forbids_the_matrix_unit_there_is_no_library_and_a_reason(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 
@@ -26,6 +27,15 @@ def test_it_is_zeros_of_the_shape_and_dtype(
     assert found.count_nonzero() == 0
     found.fill_(3)
     assert found.sum(dtype=torch.float64) == 3 * found.numel()
+
+
+def test_a_system_that_refuses_large_pages_gives_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *_: object) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert huge_zeros((1000,), torch.float32).fill_(2).sum() == 2000
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0, 2)])

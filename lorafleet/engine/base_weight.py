@@ -64,15 +64,16 @@ class PackedWeight:
 
 
 class TiledHead:
-    """An output layer in tiles; its result is float32."""
+    """An output layer in tiles, with the norm before it where it is given; its result is float32."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, norm: tuple[Tensor, float] | None = None) -> None:
         panels = panels_of(weight)
         self._linear = Linear(
             huge_zeros(tuple(panels.shape), torch.bfloat16).copy_(panels),
             d_in=weight.shape[1],
             d_outs=[weight.shape[0]],
             bias=None if bias is None else bias.float(),
+            norm=norm,
             float_out=True,
         )
 

@@ -15,10 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lorafleet.assets import base_digest, base_path
 from lorafleet.engine.attention import ATTENTION_NAME
 from lorafleet.engine.base_weight import BaseWeight, TiledHead, lay_out
+from lorafleet.engine.decoder import Decoder, ModelDecoder, TileDecoder, takes_tile_decoder
 from lorafleet.engine.detokenizer import Decode
 from lorafleet.engine.fused_layer import fuse_layers
 from lorafleet.engine.mixture_linear import MixtureContext, lay_out_in_tiles, wrap_linears
 from lorafleet.engine.tile_attention import TileAttention
+from lorafleet.engine.tile_layer import norm_of
 from lorafleet.errors import InvalidInputError, NotFoundError
 from lorafleet.kernels import GroupSpec
 from lorafleet.kernels.bank import can_tile
@@ -66,7 +68,7 @@ class LoadedBase:
     """A base whose linears are mixture-aware and whose attention is the engine's."""
 
     model: nn.Module
-    decoder: nn.Module
+    decoder: Decoder
     """the model without its output layer"""
     head: BaseWeight
     """the output layer: hidden states ``[N, hidden]`` to logits ``[N, vocabulary]``"""
@@ -154,13 +156,17 @@ def load_base(
         lay_out_in_tiles(model, groups)
     elif device.type == "cpu" and dtype == torch.bfloat16:
         logger.info("%s: torch's products serve: %s", path.name, why_not() or "its widths do not fit tiles")
-    head: BaseWeight = TiledHead(head_weight, head_bias) if tiled else lay_out(head_weight, head_bias)
+    decoder: Decoder = ModelDecoder(model.base_model)
+    last_norm = None
+    if takes_tile_decoder(model.get_submodule(layers_path)):
+        decoder, last_norm = TileDecoder(model.base_model, dtype=dtype), norm_of(model.base_model.norm)
+    head: BaseWeight = TiledHead(head_weight, head_bias, norm=last_norm) if tiled else lay_out(head_weight, head_bias)
     if output.weight is not model.get_input_embeddings().weight:
         # The layout has its own; the model's output layer is not called.
         output.weight = nn.Parameter(torch.empty_like(output.weight, device="meta"), requires_grad=False)
     return LoadedBase(
         model=model,
-        decoder=model.base_model,
+        decoder=decoder,
         head=head,
         tokenizer=tokenizer,
         decode=decoder_of(tokenizer),

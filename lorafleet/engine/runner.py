@@ -142,9 +142,7 @@ class ModelRunner:
 
     def _hidden(self, ids: Tensor, places: Tensor, step: StepAttention | BlockAttention | TileAttention) -> Tensor:
         """Token ids and positions ``[1, T]`` → hidden states ``[T, hidden]``."""
-        out = self._base.decoder(input_ids=ids, position_ids=places, use_cache=False, step=step)
-        hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        return self._base.decoder(ids, places, step)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """``[N, hidden]`` → ``[N, vocabulary]`` float32"""

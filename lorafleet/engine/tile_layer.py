@@ -50,14 +50,17 @@ class TileLayer(nn.Module):
         **_: Any,
     ) -> Tensor:
         """``hidden_states [1, T, hidden]``, ``position_embeddings`` two ``[1, T, D]`` → ``[1, T, hidden]``."""
-        x = hidden_states[0]
-        cos, sin = position_embeddings
+        return self.compute(hidden_states[0], position_embeddings, step)[None]
+
+    def compute(self, x: Tensor, turns: tuple[Tensor, Tensor], step: TileAttention) -> Tensor:
+        """``x [T, hidden]``, ``turns`` (cosines, sines) two ``[T, D]`` → ``[T, hidden]``"""
+        cos, sin = turns
         attended = step.rotated(
             self._layer, self._qkv(x), heads=self._heads, kv_heads=self._kv_heads, cos=cos, sin=sin,
             q_norm=self._norm_q, k_norm=self._norm_k, epsilon=self._epsilon, scale=self._scale, window=self._window,
         )  # fmt: skip
         x = self._o(attended, x)
-        return self._down(self._gate_up(x), x)[None]
+        return self._down(self._gate_up(x), x)
 
 
 def can_fuse_tiles(layer: Any) -> bool:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 # Linux 5.14; Python's mmap does not name it yet.
 _MADV_POPULATE_WRITE = 23
 

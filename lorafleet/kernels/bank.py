@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorafleet.kernels.packing import Layouts, PackedGroup, PackedModule, Packing
 from lorafleet.kernels.pool import PAGE_ROWS, GroupPool, PooledGroup, PooledPage
-from lorafleet.kernels.tile_pages import TiledGroup, TilePage, TileTable, mixture_of, table_row, tile_page, tiles_fit
+from lorafleet.kernels.tile_pages import TiledGroup, TilePage, TileTable, mixture_of, table_row, tile_pages, tiles_fit
 from lorafleet.kernels.token_gates import no_gates
 
 # A packing that covers what is needed is kept while at least this share of its rows is needed: rows with a closed
@@ -145,7 +145,13 @@ class Bank:
                 raise ValueError(
                     f"{path}: found A {list(a.shape)} and B {list(b.shape)}, expected [r, {d_in}] and [{d_out}, r]"
                 )
-            pages[path] = Page(self._keep(a), self._keep(b.T)) if not self.tiles else tile_page(a, b.T)
+            if not self.tiles:
+                pages[path] = Page(self._keep(a), self._keep(b.T))
+        if self.tiles:
+            paths = [[m.path for m in group.modules if m.path in factors] for group in self.groups]
+            made = tile_pages([[(factors[path][0], factors[path][1].T) for path in group] for group in paths])
+            for group, of_group in zip(paths, made, strict=True):
+                pages.update(zip(group, of_group, strict=True))
         if gates:
             places = {path: self._shapes[path][0] for path in self._first_modules(pages)}
             if set(gates) != set(places):

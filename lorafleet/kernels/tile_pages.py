@@ -15,8 +15,10 @@ from torch import Tensor
 
 from lorafleet.native import INNER, MOST_MODULES, UNIT, library
 from lorafleet.native.linear import Linear
+from lorafleet.native.memory import huge_zeros
 
 _STRIP = 16
+_BEHIND = 32  # elements that a narrow strip's last tile reads beyond its end
 
 
 class TilePage(NamedTuple):
@@ -56,18 +58,47 @@ class TilePage(NamedTuple):
 
 def tile_page(a: Tensor, b: Tensor) -> TilePage:
     """``a [r, d_in]`` and ``b [r, d_out]`` in tile order."""
+    return tile_pages([[(a, b)]])[0][0]
+
+
+def tile_pages(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[list[TilePage]]:
+    """One adapter's ``(a [r, d_in], b [r, d_out])`` of each module, group by group, in tile order.
+
+    They lie in one piece, those of a group side by side, as a step reads them: first what it shrinks with, then what
+    it expands with.
+    """
+    sizes = [
+        [(a.shape[0] * a.shape[1] + _BEHIND, -(-b.shape[0] // 2) * 2 * b.shape[1]) for a, b in group]
+        for group in groups
+    ]
+    memory = huge_zeros((sum(size for group in sizes for both in group for size in both),), torch.bfloat16)
+    at = 0
+
+    def take(size: int) -> Tensor:
+        nonlocal at
+        at += size
+        return memory[at - size : at]
+
+    pages = []
+    for group, of_group in zip(groups, sizes, strict=True):
+        first = [take(size) for size, _ in of_group]
+        second = [take(size) for _, size in of_group]
+        pages.append([_fill(*pair, *room) for pair, *room in zip(group, first, second, strict=True)])
+    return pages
+
+
+def _fill(a: Tensor, b: Tensor, a_tiles: Tensor, b_tiles: Tensor) -> TilePage:
     rank, d_in = a.shape
     d_out = b.shape[1]
     a, b = a.detach().to(torch.bfloat16), b.detach().to(torch.bfloat16)
     full = rank // _STRIP * _STRIP
-    tiles = torch.zeros(rank * d_in + 32, dtype=torch.bfloat16)
     if full:
-        tiles[: full * d_in] = _a_strips(a[:full], _STRIP)
+        a_tiles[: full * d_in] = _a_strips(a[:full], _STRIP)
     if full < rank:
-        tiles[full * d_in : rank * d_in] = _a_strips(a[full:], rank - full)
+        a_tiles[full * d_in : rank * d_in] = _a_strips(a[full:], rank - full)
     even = b if rank % 2 == 0 else torch.cat([b, b.new_zeros(1, d_out)])
-    units = even.reshape(-1, 2, d_out // UNIT, UNIT).permute(2, 0, 3, 1)
-    return TilePage(tiles, units.reshape(-1).contiguous(), rank, d_in, d_out)
+    b_tiles.view(d_out // UNIT, -1, UNIT, 2).copy_(even.reshape(-1, 2, d_out // UNIT, UNIT).permute(2, 0, 3, 1))
+    return TilePage(a_tiles, b_tiles, rank, d_in, d_out)
 
 
 def _a_strips(rows: Tensor, width: int) -> Tensor:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorafleet.bench.cache import adapter_folder, base_folder
+from lorafleet.bench.floor import adapter_bytes
 from lorafleet.bench.jobs import Job
-from lorafleet.bench.requests import ASKS, EIGHT, Ask, many_name
+from lorafleet.bench.requests import ASKS, EIGHT, Ask, many_name, rank_of
 from lorafleet.bench.timing import Runner
 from lorafleet.bench.weights import make_adapter
 from lorafleet.engine import Engine, Generation, SamplingParams, TokenMix
@@ -38,8 +39,11 @@ def our_runner(job: Job) -> Runner:
 def open_engine(job: Job, *, dtype: str) -> Engine:
     """An engine with room for all requests at once, and the adapters that the row knows beforehand."""
     requests = job.load.requests
+    # Objects stay in host memory: all of them have to fit, with what tiles take beside their rows.
+    registered = adapter_bytes(job.shape, [rank_of(many_name(0))] * job.load.registered)
     engine = Engine.load(
         base_folder(job.work, job.shape),
+        host_bytes=registered * 11 // 10 if job.name == MANY else None,
         device=job.device,
         dtype=dtype,
         max_sequences=requests,

@@ -14,12 +14,15 @@
 // the parts that a long sequence is cut into, begin at fixed places of the sequence. A sequence is cut for a token that
 // is alone in its step, and not for a chunk: beyond 512 tokens a prompt that is cut elsewhere differs by rounding.
 
-#include "common.h"
+#include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
+
+#include "common.h"
 
 namespace lorafleet {
 namespace {
@@ -30,7 +33,6 @@ constexpr int PART = 16;                              // pages of a decoding seq
 constexpr int SCORE_STRIDE = GROUP * PAGE + 16;       // floats; not a power of two, or rows share few sets of the cache
 static_assert(PART % GROUP == 0, "a part begins with a group");
 constexpr int SMALL_COST = 3, LARGE_COST = 8;         // of a page for up to 16 rows, and for up to 32
-constexpr float LOG2_E = 1.44269504f;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 // ---- what a step looks like --------------------------------------------------------------------------------------
@@ -440,18 +442,6 @@ void products_many(const float* shares, int size, const bf16* const* values, int
         _tile_stored(2, to + 16, bytes);
         _tile_stored(3, to_lower + 16, bytes);
     }
-}
-
-// 2^x to 3e-6 of it, exact at whole numbers; shares are rounded to 2e-3. x = n + f with 0 <= f < 1, and a polynomial
-// that was fitted to 2^f. For -inf 0.
-inline __m512 exp2_16(__m512 x) {
-    const __m512 f = _mm512_reduce_ps(x, 0x09);  // less its floor; without exceptions
-    __m512 p = _mm512_set1_ps(0.0134266855f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0522424722f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.241280206f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693044845f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, x);
 }
 
 // Scores s of whole pages become c · tanh(s · scale / c) · log2 e.

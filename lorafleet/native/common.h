@@ -1,13 +1,11 @@
-// What every kernel of this folder uses: bfloat16, tiles of the matrix unit (AMX), memory, and threads.
+// What every kernel of this folder uses: bfloat16, tiles of the matrix unit (AMX), and memory.
 //
 // A tile register holds up to 16 rows of 64 bytes. A product C += A B takes A as 16 rows of 32 bfloat16, B as 16 rows
 // of 16 pairs: row p of B holds elements 2p and 2p + 1 of the inner dimension for 16 columns, pair by pair.
 #pragma once
 
 #include <immintrin.h>
-#include <omp.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -44,27 +42,20 @@ inline void store16(bf16* p, __m512 v, __mmask16 lanes) {
     _mm256_mask_storeu_epi16(p, lanes, (__m256i)_mm512_cvtneps_pbh(v));
 }
 
-inline float to_float(bf16 v) {
-    uint32_t bits = uint32_t(v) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-
 inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? __mmask16(0xffff) : __mmask16((1u << n) - 1); }
 
-// exp(x) to 3e-6 of itself: 2^n e^r with |r| <= ln 2 / 2, e^r by its Taylor series to r^5. What comes of it is rounded
-// to bfloat16, whose steps are a thousand times as large.
-inline __m512 exp16(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693147181f), x);
-    __m512 p = _mm512_set1_ps(1.0f / 120);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x to 3e-6 of it, exact at whole numbers; what comes of it is rounded to bfloat16, to 2e-3. x = n + f with
+// 0 <= f < 1, and a polynomial that was fitted to 2^f. For -inf 0.
+inline __m512 exp2_16(__m512 x) {
+    const __m512 f = _mm512_reduce_ps(x, 0x09);  // less its floor; without exceptions
+    __m512 p = _mm512_set1_ps(0.0134266855f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0522424722f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.241280206f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693044845f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, x);
 }
 
 // 1 / x to 1e-7 of itself, for x of at least 1: an estimate of 14 bits and a step of Newton's.

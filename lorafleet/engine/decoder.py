@@ -61,8 +61,3 @@ class TileDecoder:
             size *= 2
         cos, sin = self._rotary(torch.empty(0, dtype=self._dtype), position_ids=torch.arange(size)[None])
         self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
-
-
-def takes_tile_decoder(layers: nn.ModuleList) -> bool:
-    """Whether :class:`TileDecoder` computes a model with these layers."""
-    return len(layers) > 0 and all(isinstance(layer, TileLayer) for layer in layers)

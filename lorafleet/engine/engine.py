@@ -85,7 +85,7 @@ class Engine:
             self._runner.use_graphs(bank, CudaCapture(device), max_sequences=max_sequences, most_pages=most_pages)
         self._pages = PageAllocator(pages)
         prefixes: Prefixes = SharedPrefixes(self._pages)
-        if kept_pages:
+        if isinstance(cache, KvPages) and device.type == "cpu":
             prefixes = CopiedPrefixes(self._pages, kept=kept_pages, copy=cache.copy)
         self._scheduler = Scheduler(
             self._pages,

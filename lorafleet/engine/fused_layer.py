@@ -101,12 +101,18 @@ def _rms_norm(norm: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: functional.rms_norm(x, weight.shape, weight, epsilon)
 
 
-def fuse_layers(model: nn.Module, *, layers_path: str, tiled: bool = False) -> None:
-    """Replace in place those layers that :class:`FusedLayer` computes; ``tiled``: linears and attention are in tiles,
-    and :class:`~lorafleet.engine.tile_layer.TileLayer` computes them."""
+def fuse_layers(model: nn.Module, *, layers_path: str, tiled: bool = False) -> bool:
+    """Replace in place those layers that :class:`FusedLayer` computes.
+
+    True where all have become :class:`~lorafleet.engine.tile_layer.TileLayer`, which only happens where ``tiled``:
+    linears and attention will be in tiles.
+    """
     layers = model.get_submodule(layers_path)
     assert isinstance(layers, nn.ModuleList)
+    known = [type(layer).__name__ in FUSED_LAYERS for layer in layers]
+    all_tiles = tiled and all(known) and all(map(can_fuse_tiles, layers))
     rotate = Rotation()
     for index, layer in enumerate(layers):
-        if type(layer).__name__ in FUSED_LAYERS:
-            layers[index] = TileLayer(layer) if tiled and can_fuse_tiles(layer) else FusedLayer(layer, rotate)
+        if known[index]:
+            layers[index] = TileLayer(layer) if all_tiles else FusedLayer(layer, rotate)
+    return all_tiles

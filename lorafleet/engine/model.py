@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lorafleet.assets import base_digest, base_path
 from lorafleet.engine.attention import ATTENTION_NAME
 from lorafleet.engine.base_weight import BaseWeight, TiledHead, lay_out
-from lorafleet.engine.decoder import Decoder, ModelDecoder, TileDecoder, takes_tile_decoder
+from lorafleet.engine.decoder import Decoder, ModelDecoder, TileDecoder
 from lorafleet.engine.detokenizer import Decode
 from lorafleet.engine.fused_layer import fuse_layers
 from lorafleet.engine.mixture_linear import MixtureContext, lay_out_in_tiles, wrap_linears
@@ -151,14 +151,14 @@ def load_base(
     groups = wrap_linears(model, layers_path=layers_path, context=context)
     tiled = can_tile(groups, device=device, dtype=dtype) and head_weight.shape[1] % INNER == 0
     tiled_attention = tiled and TileAttention.supports(head_dim, dtype, device)
-    fuse_layers(model, layers_path=layers_path, tiled=tiled_attention)
+    all_tiles = fuse_layers(model, layers_path=layers_path, tiled=tiled_attention)
     if tiled:
         lay_out_in_tiles(model, groups)
     elif device.type == "cpu" and dtype == torch.bfloat16:
         logger.info("%s: torch's products serve: %s", path.name, why_not() or "its widths do not fit tiles")
     decoder: Decoder = ModelDecoder(model.base_model)
     last_norm = None
-    if takes_tile_decoder(model.get_submodule(layers_path)):
+    if all_tiles:
         decoder, last_norm = TileDecoder(model.base_model, dtype=dtype), norm_of(model.base_model.norm)
     head: BaseWeight = TiledHead(head_weight, head_bias, norm=last_norm) if tiled else lay_out(head_weight, head_bias)
     if output.weight is not model.get_input_embeddings().weight:

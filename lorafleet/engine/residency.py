@@ -24,7 +24,7 @@ from lorafleet.errors import BaseMismatchError, InvalidInputError, LorafleetErro
 from lorafleet.kernels import Packing, TokenRoute
 
 MAX_WEIGHT = 8.0
-# Below it a softmax in float32 overflows for logits of ordinary size.
+# A temperature that float32 takes for zero would make 0 / 0 of the largest logit; nobody routes anywhere near it.
 MIN_TEMPERATURE = 1e-4
 
 
@@ -199,7 +199,7 @@ class Residency:
         self._tiers.stop()
 
     def pack(self, digests: Iterable[str]) -> Packing:
-        """The rows of at least these adapters, contiguous; each must be claimed."""
+        """The rows of at least these adapters; each must be claimed."""
         return self._tiers.pack(digests)
 
     @property

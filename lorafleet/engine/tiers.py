@@ -267,7 +267,7 @@ class Tiers:
             return self._loaders > 0
 
     def pack(self, digests: Iterable[str]) -> Packing:
-        """The rows of at least these, contiguous; each must be claimed."""
+        """The rows of at least these; each must be claimed."""
         with self._lock:
             return self._bank.pack(digests)
 

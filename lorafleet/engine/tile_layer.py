@@ -17,7 +17,10 @@ from lorafleet.engine.tile_attention import TileAttention
 
 
 class TileLayer(nn.Module):
-    """In the place of a decoder layer whose linears will be laid out in tiles; same call as the layer's."""
+    """In the place of a decoder layer whose linears will be laid out in tiles.
+
+    Called by :class:`lorafleet.engine.decoder.TileDecoder` alone, which stands in the place of the whole model.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -40,17 +43,6 @@ class TileLayer(nn.Module):
         self._norm_q, self._norm_k, self._epsilon = None, None, 0.0
         if normed:
             (self._norm_q, self._epsilon), (self._norm_k, _) = norm_of(attention.q_norm), norm_of(attention.k_norm)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        step: TileAttention,
-        **_: Any,
-    ) -> Tensor:
-        """``hidden_states [1, T, hidden]``, ``position_embeddings`` two ``[1, T, D]`` → ``[1, T, hidden]``."""
-        return self.compute(hidden_states[0], position_embeddings, step)[None]
 
     def compute(self, x: Tensor, turns: tuple[Tensor, Tensor], step: TileAttention) -> Tensor:
         """``x [T, hidden]``, ``turns`` (cosines, sines) two ``[T, D]`` → ``[T, hidden]``"""

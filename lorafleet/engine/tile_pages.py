@@ -2,7 +2,7 @@
 
 Per layer ``keys`` are ``[pages, kv_heads, D / 2, P, 2]`` and ``values`` ``[pages, kv_heads, P / 2, D, 2]``, for P =
 PAGE_TOKENS tokens and the head size D: pairs of what is summed over side by side, which is D in the scores and P in the
-products after them. Otherwise as :mod:`lorafleet.engine.kv_pages`.
+products after them. A page has the bytes of one of :mod:`lorafleet.engine.kv_pages`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorafleet.engine.kv_pages import PAGE_TOKENS, KvPages
+from lorafleet.engine.kv_pages import PAGE_TOKENS
 from lorafleet.native.memory import huge_zeros
 
 
@@ -30,12 +30,6 @@ class TilePages:
         self.values = [layer[1].view(pages, kv_heads, PAGE_TOKENS // 2, head_dim, 2) for layer in self._data]
         self.addresses = [(layer[0].data_ptr(), layer[1].data_ptr()) for layer in self._data]
         """of a layer's keys and of its values"""
-
-    page_bytes = staticmethod(KvPages.page_bytes)
-
-    def copy(self, source: int, destination: int) -> None:
-        """Make one page hold what another holds, in all layers."""
-        self._data[:, :, destination] = self._data[:, :, source]
 
     def clear(self, pages: Sequence[int]) -> None:
         """Nothing is left to do: the kernel zeroes what a page's last owner may have left, with the first token."""

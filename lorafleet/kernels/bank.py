@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lorafleet.kernels.packing import Layouts, PackedGroup, PackedModule, Packing
 from lorafleet.kernels.pool import PAGE_ROWS, GroupPool, PooledGroup, PooledPage
-from lorafleet.kernels.tile_pages import TiledGroup, TilePage, TileTable, mixture_of, table_row, tile_pages, tiles_fit
+from lorafleet.kernels.tile_pages import TiledGroup, TilePage, TileTable, table_row, tile_pages, tiles_fit
 from lorafleet.kernels.token_gates import no_gates
+from lorafleet.native.linear import Linear
 
 # A packing that covers what is needed is kept while at least this share of its rows is needed: rows with a closed
 # gate cost some arithmetic, copying every active adapter's rows costs more.
@@ -205,7 +206,7 @@ class Bank:
             if isinstance(page, PooledPage):
                 self._pools[self._group_of[path].name].free(page)
         if self._packing is not None and key in self._packing.keys:
-            self._packing = None  # its copy of the rows goes too
+            self._packing = None  # and with it what it holds of the rows
 
     def require_gates(self, keys: Iterable[str]) -> None:
         """Raise ValueError, which names them, where some of these adapters have no gates to be routed by."""
@@ -213,7 +214,7 @@ class Bank:
             raise ValueError(no_gates(without))
 
     def pack(self, needed: Iterable[str]) -> Packing:
-        """The rows of at least the needed adapters, contiguous; the last packing as long as it still serves."""
+        """The rows of at least the needed adapters; the last packing as long as it still serves."""
         wanted = frozenset(needed)
         current = self._packing
         if current is not None and wanted.issubset(current.keys):
@@ -289,8 +290,8 @@ class Bank:
         )
 
     def _in_tiles(self, group: GroupSpec, table: TileTable) -> TiledGroup:
-        d_outs = [module.d_out for module in group.modules]
-        return TiledGroup(table, mixture_of(group.d_in, d_outs, table.starts[self.groups.index(group)]))
+        d_outs, place = [module.d_out for module in group.modules], self.groups.index(group)
+        return TiledGroup(table, Linear(None, d_in=group.d_in, d_outs=d_outs, first_module=table.starts[place]))
 
     def _pooled(
         self, group: GroupSpec, found: Sequence[tuple[int, Page | PooledPage | TilePage]], layouts: Layouts

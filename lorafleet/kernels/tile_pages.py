@@ -56,11 +56,6 @@ class TilePage(NamedTuple):
         return self.a_tiles.nbytes + self.b_tiles.nbytes + gate
 
 
-def tile_page(a: Tensor, b: Tensor) -> TilePage:
-    """``a [r, d_in]`` and ``b [r, d_out]`` in tile order."""
-    return tile_pages([[(a, b)]])[0][0]
-
-
 def tile_pages(groups: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> list[list[TilePage]]:
     """One adapter's ``(a [r, d_in], b [r, d_out])`` of each module, group by group, in tile order.
 
@@ -151,8 +146,3 @@ class TiledGroup(NamedTuple):
     table: TileTable
     mixture: Linear
     """without a weight: y is its residual"""
-
-
-def mixture_of(d_in: int, d_outs: Sequence[int], first_module: int) -> Linear:
-    """The mixture of one group alone."""
-    return Linear(None, d_in=d_in, d_outs=d_outs, first_module=first_module)

@@ -57,7 +57,7 @@ def _mixture(plan: Plan, table: TileTable) -> Mixture:
     starts = torch.zeros(blocks + 1, dtype=torch.int32)
     starts[1:] = of_block.sum(1).cumsum(0)
     members = of_block.nonzero()[:, 1].to(torch.int32)
-    kept: list[Tensor] = [plan.gates, starts, members, table.rows]
+    kept: list[Tensor] = [plan.gates, starts, members]
     arguments = MixtureArguments(
         pages=table.rows.data_ptr(),
         modules=table.rows.shape[1],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.engine.attention import Span
-from lorafleet.engine.kv_pages import PAGE_TOKENS, pages_for
+from lorafleet.engine.kv_pages import PAGE_TOKENS, KvPages, pages_for
 from lorafleet.engine.tile_attention import TileAttention
 from lorafleet.engine.tile_pages import TilePages
 from lorafleet.native.memory import huge_zeros
@@ -302,23 +302,10 @@ def test_a_nan_of_ones_own_is_told_and_stays_in_its_sequence() -> None:
     assert out[1].isfinite().all()
 
 
-def test_a_copied_page_is_whole() -> None:
-    cache = TilePages(layers=2, kv_heads=2, head_dim=32, pages=4, device=CPU, dtype=KIND)
-    generator = torch.Generator().manual_seed(0)
-    layers = [*cache.keys, *cache.values]
-    for layer in layers:
-        layer[1] = torch.randn(layer[1].shape, generator=generator).to(KIND)
-    cache.copy(1, 3)
-    for layer in layers:
-        assert torch.equal(layer[1], layer[3])
-        assert layer[1].all()
-        assert layer[[0, 2]].count_nonzero() == 0
-
-
 def test_a_page_takes_the_bytes_that_were_planned() -> None:
     cache = TilePages(layers=3, kv_heads=2, head_dim=96, pages=5, device=CPU, dtype=KIND)
     held = sum(x.nbytes for x in (*cache.keys, *cache.values))
-    assert held == 5 * TilePages.page_bytes(layers=3, kv_heads=2, head_dim=96, dtype=KIND)
+    assert held == 5 * KvPages.page_bytes(layers=3, kv_heads=2, head_dim=96, dtype=KIND)
 
 
 def test_mapped_memory_lives_as_long_as_a_view_of_it() -> None:

@@ -28,7 +28,7 @@ from lorafleet.kernels import (
 from lorafleet.kernels.bank import can_tile
 from lorafleet.kernels.dispatch import Dispatcher
 from lorafleet.kernels.reference import mixture_reference
-from lorafleet.kernels.tile_pages import TilePage, TileTable, tile_page
+from lorafleet.kernels.tile_pages import TilePage, TileTable, tile_pages
 from lorafleet.kernels.tiles import tile_mixture
 from lorafleet.native import BLOCK_TOKENS
 from lorafleet.native.linear import MOST_MODULES, Linear, panels_of
@@ -65,7 +65,7 @@ def check(found: Case, path: MixturePath = PATHS["tiles"]) -> None:
 def test_a_page_gives_its_rows_back(rank: int) -> None:
     generator = torch.Generator().manual_seed(rank)
     a, b = (torch.randn(rank, width, generator=generator).to(BFLOAT16) for width in (96, 48))
-    page = tile_page(a.float(), b.float())
+    ((page,),) = tile_pages([[(a.float(), b.float())]])
     assert page.rank == rank
     assert torch.equal(page.a, a)
     assert torch.equal(page.b, b)
@@ -82,7 +82,7 @@ def test_a_page_takes_its_rows_and_at_most_a_half_pair_and_64_bytes_more(rank: i
 
 def test_rows_that_were_handed_over_are_not_kept() -> None:
     a = torch.ones(2, 32, dtype=BFLOAT16)
-    page = tile_page(a, a)
+    ((page,),) = tile_pages([[(a, a)]])
     a.zero_()
     assert page.a.eq(1).all()
     assert page.b.eq(1).all()

@@ -8,15 +8,17 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test check torture install clean
+.PHONY: help demo test test-long check torture fuzz install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the whole loop on this machine: private data -> experts -> served mixtures (report in $(OUT)/)"
-	@echo "make test    the test suite"
-	@echo "make check   lint, types and tests: what has to be green before a commit"
+	@echo "make test    the test suite, without what takes minutes of several processes"
+	@echo "make test-long   that: killed members and workers, benchmarks against real peers"
+	@echo "make check   lint, types and all tests: what has to be green before a commit"
 	@echo "make torture kills coordinators at random steps, many times, and reports (FEDERATIONS=10 for each scheduler);"
 	@echo "             with MINUTES=5 it kills real processes instead"
+	@echo "make fuzz    asks both doors of a service anything, CASES=10000 times, and tries as many hostile names"
 	@echo "make clean   remove .venv and build output"
 
 install: $(INSTALLED)
@@ -34,11 +36,18 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	VENV=$(VENV) scripts/check tests
 
+test-long: $(INSTALLED)
+	VENV=$(VENV) scripts/check long
+
 check: $(INSTALLED)
 	VENV=$(VENV) scripts/check
 
 torture: $(INSTALLED)
 	$(BIN)/python -m tests.coordinator.torture --federations $(or $(FEDERATIONS),10) $(if $(MINUTES),--minutes $(MINUTES))
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz.doors --cases $(or $(CASES),10000) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.fuzz.names --cases $(or $(CASES),10000) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf $(VENV) build *.egg-info $(OUT)

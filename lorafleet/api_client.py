@@ -1,4 +1,4 @@
-"""A typed client of the router service, for applications. Needs grpcio and nothing else of the server.
+"""A typed client of the router service, for applications. Needs grpcio with grpcio-status, nothing else of the server.
 
 ::
 
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack
 
-import grpc
-
-from lorafleet.errors import GRPC_STATUS, DeadlineExceededError, InvalidInputError, LorafleetError, UnavailableError
+from lorafleet.connection import ClientTls as ClientTls
+from lorafleet.connection import Connection
+from lorafleet.errors import InvalidInputError, UnavailableError
 from lorafleet.proto.router.v1 import router_pb2, router_pb2_grpc
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -143,21 +142,19 @@ class AdapterInfo:
 class TokenStream:
     """An answer as it comes: iterate for its chunks, then read ``result``. Leaving the block cancels what is left."""
 
-    def __init__(self, call: Any, address: str) -> None:
-        self._call, self._address = call, address
+    def __init__(self, call: Any, connection: Connection) -> None:
+        self._call, self._connection = call, connection
         self._chunks: list[Chunk] = []
         self._result: GenerateResult | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
-        try:
+        with self._connection.translated():
             for message in self._call:
                 if message.HasField("summary"):
                     self._result = _result(self._chunks, message.summary)
                 else:
                     self._chunks.append(_chunk(message))
                     yield self._chunks[-1]
-        except grpc.RpcError as error:
-            raise _from_rpc(error, self._address) from None
 
     @property
     def result(self) -> GenerateResult:
@@ -179,30 +176,6 @@ class TokenStream:
         self.cancel()
 
 
-@dataclass(frozen=True)
-class ClientTls:
-    """How the connection is encrypted. Files in PEM format."""
-
-    authority: Path | None = None
-    """Of the authority that the server's certificate is checked against; None: those that gRPC brings."""
-    certificate: Path | None = None
-    """One's own, for servers that ask for one (mTLS); with its private key."""
-    private_key: Path | None = None
-
-    def credentials(self) -> Any:
-        """Raises InvalidInputError where a file cannot be read, or a certificate has no key."""
-        if (self.certificate is None) != (self.private_key is None):
-            raise InvalidInputError("found a certificate or a private key alone, expected both or neither")
-        try:
-            contents = [
-                None if path is None else path.read_bytes()
-                for path in (self.authority, self.private_key, self.certificate)
-            ]
-        except OSError as error:
-            raise InvalidInputError(f"a file of TLS cannot be read: {error}") from None
-        return grpc.ssl_channel_credentials(*contents)
-
-
 class RouterClient:
     """Calls one router service with one API key; errors are those of :mod:`lorafleet.errors`, in the server's words.
 
@@ -211,25 +184,17 @@ class RouterClient:
     """
 
     def __init__(self, address: str, *, key: str, timeout_s: float = 120.0, tls: ClientTls | None = None) -> None:
-        if not (key.isascii() and key.isprintable()):
-            raise InvalidInputError(
-                f"found an API key of {len(key)} characters, expected visible ASCII characters only"
-            )
-        self._address, self._timeout_s = address, timeout_s
-        self._metadata = (("authorization", f"Bearer {key}"),)
-        self._channel = (
-            grpc.insecure_channel(address) if tls is None else grpc.secure_channel(address, tls.credentials())
-        )
-        self._stub = router_pb2_grpc.RouterServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._connection = Connection(address, key=key, timeout_s=timeout_s, tls=tls)
+        self._stub = router_pb2_grpc.RouterServiceStub(self._connection.channel)  # type: ignore[no-untyped-call]
 
     def route(self, text: str) -> RouteDecision:
         """Which adapters would answer a text, and why."""
-        response = self._call(self._stub.Route, router_pb2.RouteRequest(text=text))
+        response = self._connection.call(self._stub.Route, router_pb2.RouteRequest(text=text))
         return _decision(response.decision)
 
     def list_adapters(self) -> list[AdapterInfo]:
         """The live version of each adapter that the key's tenant may use."""
-        response = self._call(self._stub.ListAdapters, router_pb2.ListAdaptersRequest())
+        response = self._connection.call(self._stub.ListAdapters, router_pb2.ListAdaptersRequest())
         return [AdapterInfo(a.reference, a.digest, a.version, a.rank, a.federation, a.round) for a in response.adapters]
 
     def generate(
@@ -272,12 +237,11 @@ class RouterClient:
             )
         except (TypeError, ValueError) as error:
             raise InvalidInputError(f"the request cannot be sent as it is: {error}") from None
-        call = self._stub.Generate(request, metadata=self._metadata, timeout=self._timeout_s)
-        return TokenStream(call, self._address)
+        return TokenStream(self._connection.begin(self._stub.Generate, request), self._connection)
 
     def close(self) -> None:
         """Closes the connection; calls that run are cancelled."""
-        self._channel.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -286,12 +250,6 @@ class RouterClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _call(self, method: Any, request: Any) -> Any:
-        try:
-            return method(request, metadata=self._metadata, timeout=self._timeout_s)
-        except grpc.RpcError as error:
-            raise _from_rpc(error, self._address) from None
 
 
 def _mix(components: Sequence[router_pb2.MixComponent]) -> tuple[MixComponent, ...]:
@@ -329,19 +287,3 @@ def _result(chunks: Sequence[Chunk], summary: router_pb2.GenerateSummary) -> Gen
         prompt_logprobs=tuple(summary.prompt_logprobs),
         top_logprobs=tuple(place for chunk in chunks for place in chunk.top_logprobs),
     )
-
-
-# A status that several classes share comes back as the first of them, which is the most general one.
-_ERRORS = {status: error for error, status in reversed(GRPC_STATUS.items())}
-
-
-def _from_rpc(error: grpc.RpcError, address: str) -> Exception:
-    """The exception behind a failed call."""
-    status, words = error.code().name, error.details() or "no details"
-    if status == "DEADLINE_EXCEEDED":
-        return DeadlineExceededError(f"{address} did not answer in time; allow more time, or ask for fewer tokens")
-    if status == "CANCELLED":
-        return UnavailableError(f"the call to {address} was cancelled before its end")
-    if status == "UNAVAILABLE" and words.startswith("failed to connect"):
-        return UnavailableError(f"no server answers at {address}; start one with `lorafleet serve` or name another one")
-    return _ERRORS.get(status, LorafleetError)(words)

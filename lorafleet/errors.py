@@ -9,6 +9,7 @@
     ├── NotFoundError (LookupError)         not there, or not yours: from outside the two look the same
     ├── AlreadyExistsError                  a name that is taken
     ├── BaseMismatchError                   an adapter and a base that do not belong together
+    ├── DigestMismatchError                 bytes that arrived are not those that were announced
     ├── RejectedUpdateError                 a member's update that validation refuses
     ├── UnauthenticatedError                no or unknown tenant, or a key that opens nothing
     ├── PermissionDeniedError               a key that is known, without the scope that a call needs
@@ -18,6 +19,7 @@
     ├── OverloadedError                     a queue or a pool is full; try again later
     ├── DeadlineExceededError               a call that took longer than it may
     └── UnavailableError                    a part that is needed does not run or is shutting down
+        └── BackendError                    a database or a disk has failed; the message is for the log
 
 Each message says what was found, what was expected, and what to do.
 """
@@ -60,6 +62,10 @@ class AlreadyExistsError(LorafleetError):
 
 class BaseMismatchError(LorafleetError, ValueError):
     """An adapter and a base that do not belong together."""
+
+
+class DigestMismatchError(LorafleetError, ValueError):
+    """Bytes that arrived are not those that were announced; they were dropped, and can be sent again."""
 
 
 class RejectedUpdateError(LorafleetError, ValueError):
@@ -115,12 +121,20 @@ class UnavailableError(LorafleetError):
     """A part that is needed does not run, or is shutting down."""
 
 
+class BackendError(UnavailableError):
+    """A database, a disk or another part behind a service has failed.
+
+    The message quotes it, and so may name machines and folders: it is for whoever runs the service, never for callers.
+    """
+
+
 # Looked up along the method resolution order, so that a subclass without an entry has its parent's code.
 GRPC_STATUS: dict[type[Exception], str] = {
     InvalidInputError: "INVALID_ARGUMENT",
     NotFoundError: "NOT_FOUND",
     AlreadyExistsError: "ALREADY_EXISTS",
     BaseMismatchError: "FAILED_PRECONDITION",
+    DigestMismatchError: "DATA_LOSS",
     RejectedUpdateError: "INVALID_ARGUMENT",
     UnauthenticatedError: "UNAUTHENTICATED",
     PermissionDeniedError: "PERMISSION_DENIED",

@@ -104,7 +104,7 @@ def test_help_names_the_commands_and_loads_no_model_code() -> None:
     [
         ["demo"], ["serve"], ["route"], ["generate"], ["aggregate"], ["adapter", "import"], ["adapter", "list"],
         ["adapter", "show"], ["adapter", "export"], ["tenant", "create"], ["tenant", "list"], ["db", "upgrade"],
-        ["db", "check"], ["client", "join"], ["client", "probe"],
+        ["db", "check"], ["db", "gc"], ["client", "join"], ["client", "probe"],
         ["client", "evaluate"], ["client", "export"], ["coordinator", "run"],
         ["bench", "engine"], ["bench", "kernels"], ["bench", "client"], ["bench", "aggregate"],
     ],
@@ -195,6 +195,10 @@ def test_tenants_are_created_and_listed(lorafleet: Command, store: Store) -> Non
     assert [tenant["name"] for tenant in lorafleet.json("tenant", "list", *store.options)] == ["acme", "beta"]
     assert "acme" in lorafleet("tenant", "list", *store.options)[0]
     assert "already" in lorafleet("tenant", "create", "acme", *store.options, status=1)[1]
+    assert lorafleet.json("tenant", "weight", "beta", "0.5", *store.options)["weight"] == 0.5
+    assert "acme  3" in lorafleet("tenant", "weight", "acme", "3", *store.options)[0]
+    assert [tenant["weight"] for tenant in lorafleet.json("tenant", "list", *store.options)] == [3.0, 0.5]
+    assert "above 0" in lorafleet("tenant", "weight", "acme", "0", *store.options, status=1)[1]
 
 
 def test_an_adapter_goes_in_and_comes_out_unchanged(

@@ -98,9 +98,15 @@ def test_an_invitation_is_shown_once_and_a_member_is_revoked(lorafleet: Command,
     assert token.startswith("lfi_") and len(token.splitlines()) == 1 and "for acme, once, until 20" in said
     made = lorafleet.json("federation", "invite", file, "--tenant", "acme")
     assert made["token"] != token.strip()
+    listed = lorafleet.json("federation", "invitations", file)
+    assert [each["code"] for each in listed] == [each.split("_")[1] for each in (token, made["token"])]
     shown = lorafleet("federation", "status", file, "--json")[0] + lorafleet("federation", "status", file)[0]
+    shown += lorafleet("federation", "invitations", file)[0]
     assert "2 invitations are open" in shown and token.strip()[-20:] not in shown
     assert "tenant 'nobody'" in lorafleet("federation", "invite", file, "--tenant", "nobody", status=1)[1]
+    assert lorafleet.json("federation", "withdraw", file, made["code"])["code"] == made["code"]
+    assert "is not there" in lorafleet("federation", "withdraw", file, made["code"], status=1)[1]
+    assert lorafleet("federation", "withdraw", file, listed[0]["code"])[0].endswith("is withdrawn\n")
     assert lorafleet.json("federation", "revoke", file, "acme", "--reason", "left")["revoked_reason"] == "left"
     assert lorafleet("federation", "revoke", file, "acme")[0].startswith("acme is revoked since ")
     assert "'ghost'" in lorafleet("federation", "revoke", file, "ghost", status=1)[1]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from lorafleet.adapters import LoraAdapter
 from lorafleet.registry import Quota, Registry
@@ -165,3 +167,25 @@ def test_a_card_and_licences_come_in_with_an_import_and_the_card_goes_out_again(
     assert not (tmp_path / "bare" / "README.md").exists()
     with Registry.open(store.url, store.blobs) as registry:
         assert registry.base("small-base").licence == "Apache-2.0"
+
+
+def test_weights_that_nobody_needs_are_deleted(lorafleet: Command, filled: Store) -> None:
+    lorafleet("adapter", "retire", "acme/sql:1", *filled.options)
+    with filled.open() as registry:
+        version = registry.version("acme", "sql", 1)
+        with registry._database.write() as session:
+            session.execute(text("UPDATE versions SET state_at = 0"))
+    command = ("db", "gc", "--older-than", "1s", "--retired", "30d", *filled.options)
+    for folder in (filled.blobs / "sha256").glob("*/*"):
+        os.utime(folder, (0, 0))
+    assert lorafleet.json(*command, "--dry-run")["purged"] == ["acme/sql:1"]
+    assert "would purge acme/sql:1" in lorafleet(*command, "--dry-run")[0]
+    said = lorafleet.json(*command, "--by", "ada")
+    assert (said["purged"], said["deleted"], said["dry_run"]) == (["acme/sql:1"], [version.digest], False)
+    assert said["size_bytes"] > 500
+    assert "not there" in lorafleet("adapter", "show", "acme/sql:1", *filled.options, status=1)[1]
+    assert len(lorafleet.json("adapter", "list", "--tenant", "acme", *filled.options)) == 3
+    assert "0 weights" in lorafleet(*command)[0]
+    with filled.open() as registry:
+        assert [v.purged_at is not None for v in registry.versions("acme", "sql")] == [True, False, False]
+        assert registry.audit("acme")[-1].by == "ada"

@@ -87,7 +87,8 @@ def command_lines(text: str) -> list[str]:
 
 def refused(line: str) -> str:
     """Why the command line does not parse, or nothing; no command runs."""
-    command, words = typer.main.get_command(app), shlex.split(line, comments=True)[1:]
+    command = typer.main.get_command(app)
+    words = [word for word in shlex.split(line, comments=True)[1:] if not re.match(r"\d?>", word)]  # the shell's
     try:
         while isinstance(command, click.Group):
             context = click.Context(command)
@@ -184,7 +185,7 @@ def test_a_wrong_command_line_is_found(line: str, said: str) -> None:
 
 
 def test_right_command_lines_are_read_with_comments_and_continuations() -> None:
-    block = "```sh\nlorafleet --debug demo --out x   # --gone\nlorafleet route 'a b' \\\n  --api-key k\n```\n"
+    block = "```sh\nlorafleet --debug demo --out x   # --gone\nlorafleet route 'a b' \\\n  --api-key k >said\n```\n"
     lines = command_lines(block + "lorafleet x\n")
     assert len(lines) == 2
     assert [refused(line) for line in lines] == ["", ""]

@@ -32,7 +32,9 @@ PARTS = {
     "clients": {"adapters", "flower_commands", "stopping"},
     "coordinator": {"adapters", "registry", "flower_commands", "stopping"},
     "router_service": {"engine", "adapters", "registry", "proto"},
-    "api_client": {"proto"},
+    "connection": set(),
+    "api_client": {"connection", "proto"},
+    "adapters_client": {"adapters", "connection", "proto"},
 }
 SEE_EVERYTHING = {"cli", "config", "bench", "demo", "__init__"}
 
@@ -42,11 +44,13 @@ FENCES = {
     "ray": {"coordinator", "router_service"},
     "sqlalchemy": {"registry"},
     "alembic": {"registry"},
+    "obstore": {"registry"},
     "opacus": {"clients"},
-    "grpc": {"router_service", "api_client", "proto"},
+    "grpc": {"router_service", "connection", "proto"},
     "fastapi": {"router_service"},
     "starlette": {"router_service"},
     "prometheus_client": {"router_service"},
+    "opentelemetry": {"router_service", "connection"},
 }
 # Single files that a library is kept to within its part.
 ONLY_IN = {
@@ -59,7 +63,9 @@ ONLY_IN = {
         "clients/app.py",
         "clients/task.py",
     },
+    "obstore": {"registry/object_files.py"},
     "triton": {"kernels/triton.py", "engine/triton_attention.py"},
+    "opentelemetry": {"router_service/tracing.py", "connection.py"},
     "opacus": {"clients/budget.py", "clients/per_sample.py"},
 }
 
@@ -79,6 +85,7 @@ SURFACE = {
     "lorafleet.router_service": ["ROUTERS"],
     "lorafleet.clients": lorafleet.clients.__all__,
     "lorafleet.api_client": ["RouterClient"],
+    "lorafleet.adapters_client": ["AdapterClient"],
 }
 
 

@@ -38,12 +38,15 @@ def base_shapes(path: Path) -> ModuleShapes:
 def check_fits(adapter: LoraAdapter, shapes: ModuleShapes) -> None:
     """Raises BaseMismatchError where a module is not the base's, or of another shape."""
     for path, (a, b) in adapter.modules.items():
-        if path not in shapes:
-            raise BaseMismatchError(
-                f"the adapter changes {path!r}, which is no linear layer of this base: name its own"
-            )
-        if (b.shape[0], a.shape[1]) != tuple(shapes[path]):
-            raise BaseMismatchError(
-                f"{path}: the adapter is for {a.shape[1]} → {b.shape[0]}, this base has {shapes[path][1]} → "
-                f"{shapes[path][0]}: name the base that it was trained on"
-            )
+        check_module_fits(path, b.shape[0], a.shape[1], shapes)
+
+
+def check_module_fits(path: str, d_out: int, d_in: int, shapes: ModuleShapes) -> None:
+    """The same for one module."""
+    if path not in shapes:
+        raise BaseMismatchError(f"the adapter changes {path!r}, which is no linear layer of this base: name its own")
+    if (d_out, d_in) != tuple(shapes[path]):
+        raise BaseMismatchError(
+            f"{path}: the adapter is for {d_in} → {d_out}, this base has {shapes[path][1]} → {shapes[path][0]}: name "
+            "the base that it was trained on"
+        )

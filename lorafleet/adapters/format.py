@@ -16,7 +16,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ from lorafleet.errors import AdapterFormatError, InvalidInputError, NotFoundErro
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 GATES_NAME = "gates.safetensors"
-_PREFIX = "base_model.model."
+LARGEST_CONFIG = 2**20
+"""Bytes of a configuration; PEFT writes a few thousand, with a pattern for every module some hundred thousand."""
+PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<factor>[AB])\.weight$")
 
 READ = frozenset({
@@ -108,7 +110,11 @@ def refuse_other_weights(directory: Path) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration as it is written; raises AdapterFormatError where it is no JSON object."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(LARGEST_CONFIG + 1)
+        if len(text) > LARGEST_CONFIG:
+            raise ValueError(f"it is larger than {LARGEST_CONFIG} bytes")
+        config = json.loads(text.decode())
     except (OSError, ValueError, RecursionError) as error:  # also bytes that are no text, and endless digits
         raise AdapterFormatError(f"{path} is not JSON ({error}); export the adapter again") from None
     if not isinstance(config, dict):
@@ -149,21 +155,12 @@ def read_factors(path: Path, only: Collection[str] | None = None) -> dict[str, d
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                match = _KEY.match(key)
-                if match is None:
-                    raise AdapterFormatError(
-                        f"{path}: found tensor {key!r}, expected only *.lora_A.weight and *.lora_B.weight of linear "
-                        "layers; embeddings, biases and whole layers are not supported: train or export without them"
-                    )
-                module = match["path"].removeprefix(_PREFIX)
+                module, factor = parse_key(key, path)
                 if only is not None and module not in only:
                     continue
-                tensor = file.get_tensor(key)
-                if not tensor.is_floating_point():
-                    raise AdapterFormatError(f"{path}: {key} is {tensor.dtype}, expected floating-point numbers")
-                if match["factor"] in factors.setdefault(module, {}):
-                    raise AdapterFormatError(f"{path}: found factor {match['factor']} of {module} twice")
-                factors[module][match["factor"]] = tensor.to(torch.float32, copy=True)
+                if factor in factors.setdefault(module, {}):
+                    raise AdapterFormatError(f"{path}: found factor {factor} of {module} twice")
+                factors[module][factor] = read_tensor(file, key, path)
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(f"{path} is damaged or truncated ({error}); copy or export it again") from None
     for module, pair in factors.items():
@@ -172,6 +169,28 @@ def read_factors(path: Path, only: Collection[str] | None = None) -> dict[str, d
     if not factors and only is None:
         raise AdapterFormatError(f"{path} holds no tensors, expected at least one pair")
     return factors
+
+
+def parse_key(key: str, where: Path) -> tuple[str, str]:
+    """The module path of a tensor's name, and which factor of it the tensor is."""
+    match = _KEY.match(key)
+    if match is None:
+        raise AdapterFormatError(
+            f"{where}: found tensor {key!r}, expected only *.lora_A.weight and *.lora_B.weight of linear layers; "
+            "embeddings, biases and whole layers are not supported: train or export without them"
+        )
+    return match["path"].removeprefix(PREFIX), match["factor"]
+
+
+def read_tensor(file: Any, key: str, where: Path) -> Tensor:
+    """A tensor of an open file in float32, in memory of its own."""
+    try:
+        tensor: Tensor = file.get_tensor(key)
+        if not tensor.is_floating_point():
+            raise AdapterFormatError(f"{where}: {key} is {tensor.dtype}, expected floating-point numbers")
+        return tensor.to(torch.float32, copy=True)
+    except (RuntimeError, AttributeError, TypeError) as error:  # a type that this torch does not have, or not convert
+        raise AdapterFormatError(f"{where}: {key} cannot be read as floating-point numbers ({error})") from None
 
 
 def read_gates(path: Path) -> dict[str, Tensor]:
@@ -191,27 +210,28 @@ def read_gates(path: Path) -> dict[str, Tensor]:
 
 def fold(factors: dict[str, dict[str, Tensor]], config: dict[str, Any], where: Path) -> dict[str, LoraPair]:
     """Multiply each B by its module's scaling; the configuration's alpha, and the tensor's rank, which it agrees to."""
-    modules: dict[str, LoraPair] = {}
-    for path, pair in factors.items():
-        a, b = pair["A"], pair["B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-            raise AdapterFormatError(
-                f"{where}: {path} has A {list(a.shape)} and B {list(b.shape)}, expected [r, d_in] and [d_out, r]"
-            )
-        rank = a.shape[0]
-        stated = look_up(path, config, "rank_pattern", config.get("r", rank), where)
-        if stated != rank:
-            raise AdapterFormatError(
-                f"{where}: {path} has rank {rank}, r or rank_pattern says {stated:g}; export it again"
-            )
-        alpha = look_up(path, config, "alpha_pattern", config.get("lora_alpha", 8), where)
-        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        # Where nothing is scaled the stored bits are kept, so that a digest survives the round trip.
-        modules[path] = LoraPair(a, b if scaling == 1.0 else b * scaling)
+    modules = {path: fold_pair(path, LoraPair(pair["A"], pair["B"]), config, where) for path, pair in factors.items()}
     try:
         return dict(LoraAdapter(modules).modules)
     except InvalidInputError as error:
         raise AdapterFormatError(f"{where}: {error}") from None
+
+
+def fold_pair(path: str, pair: LoraPair, config: dict[str, Any], where: Path) -> LoraPair:
+    """The same for one module."""
+    a, b = pair
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        raise AdapterFormatError(
+            f"{where}: {path} has A {list(a.shape)} and B {list(b.shape)}, expected [r, d_in] and [d_out, r]"
+        )
+    rank = a.shape[0]
+    stated = look_up(path, config, "rank_pattern", config.get("r", rank), where)
+    if stated != rank:
+        raise AdapterFormatError(f"{where}: {path} has rank {rank}, r or rank_pattern says {stated:g}; export it again")
+    alpha = look_up(path, config, "alpha_pattern", config.get("lora_alpha", 8), where)
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    # Where nothing is scaled the stored bits are kept, so that a digest survives the round trip.
+    return LoraPair(a, b if scaling == 1.0 else b * scaling)
 
 
 def look_up(path: str, config: dict[str, Any], name: str, default: Any, where: Path) -> float:
@@ -239,15 +259,15 @@ def save_adapter(adapter: LoraAdapter, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for path, (a, b) in adapter.modules.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.detach().to("cpu", torch.float32).contiguous()
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = b.detach().to("cpu", torch.float32).contiguous()
+        tensors[key_of(path, "A")] = a.detach().to("cpu", torch.float32).contiguous()
+        tensors[key_of(path, "B")] = b.detach().to("cpu", torch.float32).contiguous()
     gates = {path: gate.detach().cpu().contiguous() for path, gate in adapter.gates.items()}
     # An earlier adapter's gates go first: between the two, a reader finds one without gates, never a strange pair.
     (directory / GATES_NAME).unlink(missing_ok=True)
     _write(tensors, directory / WEIGHTS_NAME)
     if gates:
         _write(gates, directory / GATES_NAME)
-    (directory / CONFIG_NAME).write_text(json.dumps(peft_config(adapter), indent=2, sort_keys=True) + "\n")
+    save_config({path: pair.rank for path, pair in adapter.modules.items()}, adapter.base, directory)
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
@@ -256,19 +276,29 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
     part.replace(path)
 
 
-def peft_config(adapter: LoraAdapter) -> dict[str, Any]:
-    rank = adapter.rank
+def key_of(path: str, factor: str) -> str:
+    """A factor's name in PEFT's files."""
+    return f"{PREFIX}{path}.lora_{factor}.weight"
+
+
+def save_config(ranks: Mapping[str, int], base: str, directory: Path) -> None:
+    """Write the configuration of an adapter whose modules have these ranks."""
+    (directory / CONFIG_NAME).write_text(json.dumps(peft_config(ranks, base), indent=2, sort_keys=True) + "\n")
+
+
+def peft_config(ranks: Mapping[str, int], base: str) -> dict[str, Any]:
+    rank = max(ranks.values())
     # Keys are regular expressions to PEFT: escaped, full paths.
-    other = {re.escape(path): pair.rank for path, pair in adapter.modules.items() if pair.rank != rank}
+    other = {re.escape(path): own for path, own in ranks.items() if own != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base,
+        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": other,
         "alpha_pattern": dict(other),
-        "target_modules": list(adapter.modules),
+        "target_modules": list(ranks),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

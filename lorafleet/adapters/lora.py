@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,6 +16,39 @@ from torch import Tensor, nn
 from lorafleet.adapters import factor_space
 from lorafleet.adapters.factor_space import LoraPair
 from lorafleet.errors import BaseMismatchError, InvalidInputError
+
+
+def check_pair(path: str, pair: LoraPair) -> None:
+    """Refuse factors of shapes that do not belong together, without a rank, or not finite."""
+    a, b = pair
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        raise InvalidInputError(
+            f"{path}: found A {list(a.shape)}, B {list(b.shape)}; expected [r, d_in], [d_out, r] with r ≥ 1"
+        )
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise InvalidInputError(f"{path}: found NaN or infinity in its factors; the adapter is damaged")
+
+
+def check_gate(path: str, gate: Tensor, d_in: int) -> None:
+    """Refuse a gate vector of another length, or one that is not finite."""
+    if gate.shape != (d_in,):
+        raise InvalidInputError(f"{path}: found a gate vector {list(gate.shape)}, expected [{d_in}]")
+    if not torch.isfinite(gate).all():
+        raise InvalidInputError(f"{path}: found NaN or infinity in its gate vector; the adapter is damaged")
+
+
+def content_digest(modules: Iterable[tuple[str, LoraPair]], gates: Iterable[tuple[str, Tensor]]) -> str:
+    """``sha256:…`` over paths, shapes and float32 bytes of factors and of gate vectors, both in the order of paths.
+
+    Each is looked at once and let go, so that a whole adapter need not be in memory.
+    """
+    digest = hashlib.sha256()
+    factors = ((path, factor) for path, pair in modules for factor in pair)
+    for name, tensor in chain(factors, ((f"gate {path}", gate) for path, gate in gates)):
+        exact = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {list(exact.shape)}\n".encode())
+        digest.update(exact.numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 @dataclass(frozen=True)
@@ -37,21 +71,12 @@ class LoraAdapter:
     def __post_init__(self) -> None:
         if not self.modules:
             raise InvalidInputError("an adapter needs at least one adapted module, found none")
-        for path, (a, b) in self.modules.items():
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-                raise InvalidInputError(
-                    f"{path}: found A {list(a.shape)}, B {list(b.shape)}; expected [r, d_in], [d_out, r] with r ≥ 1"
-                )
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-                raise InvalidInputError(f"{path}: found NaN or infinity in its factors; the adapter is damaged")
+        for path, pair in self.modules.items():
+            check_pair(path, pair)
         for path, gate in self.gates.items():
             if path not in self.modules:
                 raise InvalidInputError(f"found a gate vector for {path!r}, which this adapter does not change")
-            d_in = self.modules[path].a.shape[1]
-            if gate.shape != (d_in,):
-                raise InvalidInputError(f"{path}: found a gate vector {list(gate.shape)}, expected [{d_in}]")
-            if not torch.isfinite(gate).all():
-                raise InvalidInputError(f"{path}: found NaN or infinity in its gate vector; the adapter is damaged")
+            check_gate(path, gate, self.modules[path].a.shape[1])
         gates = {path: gate.to(torch.float32) for path, gate in sorted(self.gates.items())}
         object.__setattr__(self, "modules", MappingProxyType(dict(sorted(self.modules.items()))))
         object.__setattr__(self, "gates", MappingProxyType(gates))
@@ -91,13 +116,7 @@ class LoraAdapter:
 
         Names and metadata do not count.
         """
-        digest = hashlib.sha256()
-        tensors = [(path, tensor) for path, pair in self.modules.items() for tensor in pair]
-        for name, tensor in tensors + [(f"gate {path}", gate) for path, gate in self.gates.items()]:
-            exact = tensor.detach().to("cpu", torch.float32).contiguous()
-            digest.update(f"{name} {list(exact.shape)}\n".encode())
-            digest.update(exact.numpy().tobytes())
-        return f"sha256:{digest.hexdigest()}"
+        return content_digest(self.modules.items(), self.gates.items())
 
     def to(self, dtype: torch.dtype) -> LoraAdapter:
         pairs = {path: LoraPair(a.to(dtype), b.to(dtype)) for path, (a, b) in self.modules.items()}

@@ -74,6 +74,7 @@ def _root(
 
 app.command()(fleet.demo)
 app.command()(serving.serve)
+app.command()(serving.openapi)
 app.command()(requests.route)
 app.command()(requests.generate)
 app.command()(fleet.aggregate)
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise  # a fault of this package, not a missing one
         typer.echo(
             f"error: this command needs {error.name}, which is not installed; in the clone: pip install -e '.[server]' "
-            "for a service or a coordinator, '.[client]' for a data owner, '.[demo]' for all",
+            "for a service or a coordinator, '.[client]' for a data owner, '.[tracing]' for traces, '.[demo]' for all",
             err=True,
         )
         sys.exit(1)

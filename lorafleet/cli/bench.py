@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorafleet.cli import bench_federation
+from lorafleet.cli import bench_fairness, bench_federation, bench_service
 from lorafleet.cli.bench_options import check_parent, numbers, say, words
 from lorafleet.cli.output import JsonFlag, print_json, print_table
 from lorafleet.stopping import interruptible
@@ -16,6 +16,8 @@ from lorafleet.stopping import interruptible
 app = typer.Typer(help="Measure speed on this machine, against peers and the floor.", no_args_is_help=True)
 for command in (bench_federation.federation, bench_federation.schedulers, bench_federation.dropout):
     app.command()(command)
+app.command()(bench_fairness.fairness)
+app.command()(bench_service.service)
 
 
 class Device(StrEnum):

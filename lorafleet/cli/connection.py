@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lorafleet.api_client import RouterClient
+    from lorafleet.adapters_client import AdapterClient
+    from lorafleet.api_client import ClientTls, RouterClient
 
 KEY_VARIABLE = "LORAFLEET_API_KEY"
 
@@ -56,11 +57,37 @@ def connect(
     tls_key: Path | None,
     timeout: float,
 ) -> RouterClient:
-    from lorafleet.api_client import ClientTls, RouterClient
+    from lorafleet.api_client import RouterClient
 
+    key, tls = _given_key(api_key, api_key_file), _given_tls(tls_ca, tls_cert, tls_key)
+    return RouterClient(server, key=key, timeout_s=timeout, tls=tls)
+
+
+def adapter_client(
+    server: str,
+    *,
+    api_key: str | None,
+    api_key_file: Path | None,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    timeout: float,
+) -> AdapterClient:
+    from lorafleet.adapters_client import AdapterClient
+
+    key, tls = _given_key(api_key, api_key_file), _given_tls(tls_ca, tls_cert, tls_key)
+    return AdapterClient(server, key=key, timeout_s=timeout, tls=tls)
+
+
+def _given_key(api_key: str | None, api_key_file: Path | None) -> str:
     key = read_key(api_key_file) if api_key_file is not None else api_key
     if key is None:
         raise typer.BadParameter(f"no API key: give --api-key or --api-key-file, or set {KEY_VARIABLE}")
-    secured = any((tls_ca, tls_cert, tls_key))
-    tls = ClientTls(authority=tls_ca, certificate=tls_cert, private_key=tls_key) if secured else None
-    return RouterClient(server, key=key, timeout_s=timeout, tls=tls)
+    return key
+
+
+def _given_tls(authority: Path | None, certificate: Path | None, private_key: Path | None) -> ClientTls | None:
+    from lorafleet.api_client import ClientTls
+
+    secured = any((authority, certificate, private_key))
+    return ClientTls(authority=authority, certificate=certificate, private_key=private_key) if secured else None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lorafleet.coordinator.status import FederationStatus
     from lorafleet.registry import Federation, Registry
-    from lorafleet.registry.records import FederationState
+    from lorafleet.registry.records import FederationState, Invitation
 
 app = typer.Typer(help="Create a federation, invite members, see how it goes, and end it.", no_args_is_help=True)
 
@@ -37,8 +37,8 @@ RegistryUrl = Annotated[
     typer.Option("--registry", metavar="URL", help="Of the registry. (default: what FEDERATION.toml says)"),
 ]
 BlobFolder = Annotated[
-    Path | None,
-    typer.Option("--blobs", metavar="DIR", help="The registry's weights. (default: what FEDERATION.toml says)"),
+    str | None,
+    typer.Option("--blobs", metavar="DIR|URL", help="The registry's weights. (default: what FEDERATION.toml says)"),
 ]
 Reason = Annotated[str, typer.Option(help="Why, for who looks later.")]
 By = Annotated[str | None, typer.Option(metavar="NAME", help="Who does it. (default: your user's name)")]
@@ -50,7 +50,7 @@ class Opened(NamedTuple):
 
 
 @contextlib.contextmanager
-def _opened(named: str, registry: str | None, blobs: Path | None) -> Iterator[Opened]:
+def _opened(named: str, registry: str | None, blobs: str | Path | None) -> Iterator[Opened]:
     """The federation that an argument names, and its registry, open for the block."""
     from lorafleet.registry.store import Registry
 
@@ -117,10 +117,60 @@ def invite(
     with _opened(federation, registry, blobs) as (store, found):
         invitation, token = store.invite(found, tenant=tenant, for_s=days * DAY_S)
     if json:
-        print_json({"token": token, "tenant": invitation.tenant, "expires_at": invitation.expires_at})
+        print_json({"token": token, **_invitation_fields(invitation)})
     else:
         typer.echo(token)
-        typer.echo(f"for {invitation.tenant}, once, until {time_text(invitation.expires_at)}", err=True)
+        until = time_text(invitation.expires_at)
+        typer.echo(f"invitation {invitation.code} for {invitation.tenant}, once, until {until}", err=True)
+
+
+def _invitation_fields(invitation: Invitation) -> dict[str, Any]:
+    return {
+        "code": invitation.code,
+        "tenant": invitation.tenant,
+        "created_at": invitation.created_at,
+        "expires_at": invitation.expires_at,
+        "accepted_at": invitation.accepted_at,
+        "member": invitation.member,
+    }
+
+
+@app.command()
+def invitations(
+    federation: Named, registry: RegistryUrl = None, blobs: BlobFolder = None, json: JsonFlag = False
+) -> None:
+    """List a federation's invitations, with those that were accepted or have expired; never their tokens."""
+    with _opened(federation, registry, blobs) as (store, found):
+        made = store.invitations(found)
+    if json:
+        print_json([_invitation_fields(each) for each in made])
+    else:
+        print_table(
+            ["code", "tenant", "made", "expires", "accepted", "member"],
+            [
+                (each.code, each.tenant, *map(time_text, (each.created_at, each.expires_at, each.accepted_at)),
+                 each.member or "-")
+                for each in made
+            ],
+        )  # fmt: skip
+
+
+@app.command()
+def withdraw(
+    federation: Named,
+    code: Annotated[str, typer.Argument(metavar="CODE", help="Of the invitation: what stands behind lfi_ in a token.")],
+    registry: RegistryUrl = None,
+    blobs: BlobFolder = None,
+    by: By = None,
+    json: JsonFlag = False,
+) -> None:
+    """Take an invitation back that nobody has accepted: its token opens nothing from now on."""
+    with _opened(federation, registry, blobs) as (store, found):
+        withdrawn = store.withdraw_invitation(found, code, by=stores.operator(by))
+    if json:
+        print_json(_invitation_fields(withdrawn))
+    else:
+        typer.echo(f"invitation {withdrawn.code} for {withdrawn.tenant} is withdrawn")
 
 
 @app.command()
@@ -147,7 +197,7 @@ def accept(
     registry: Annotated[
         str | None, typer.Option(metavar="URL", help="Of the registry, where you reach it yourself; with --blobs.")
     ] = None,
-    blobs: Annotated[Path | None, typer.Option(metavar="DIR", help="The registry's weights.")] = None,
+    blobs: Annotated[str | None, typer.Option(metavar="DIR|URL", help="The registry's weights.")] = None,
     json: JsonFlag = False,
 ) -> None:
     """Accept an invitation: your node's key is registered, and `client join --private-key` may follow.
@@ -338,7 +388,7 @@ def stop(
 
 
 def _set_state(
-    state: FederationState, named: str, registry: str | None, blobs: Path | None, reason: str, by: str | None,
+    state: FederationState, named: str, registry: str | None, blobs: str | None, reason: str, by: str | None,
     json: bool,
 ) -> None:  # fmt: skip
     with _opened(named, registry, blobs) as (store, found):

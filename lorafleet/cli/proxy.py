@@ -34,7 +34,7 @@ def proxy(
         str | None,
         typer.Option(metavar="URL", help="Let only nodes of its members pass, and accept invitations; with --blobs."),
     ] = None,
-    blobs: Annotated[Path | None, typer.Option(metavar="DIR", help="The registry's weights.")] = None,
+    blobs: Annotated[str | None, typer.Option(metavar="DIR|URL", help="The registry's weights.")] = None,
     max_request_mb: Annotated[int, typer.Option(min=1, help="Larger requests are refused.")] = 32,
 ) -> None:
     """Let members reach a SuperLink's Fleet API, and nothing else of it, until SIGTERM or SIGINT.

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import getpass
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorafleet.errors import NotFoundError
-
 if TYPE_CHECKING:
-    from lorafleet.adapters import LoraAdapter
     from lorafleet.registry import Registry
-    from lorafleet.registry.records import Base, Version
+    from lorafleet.registry.records import Base
 
 RegistryUrl = Annotated[
     str, typer.Option("--registry", metavar="URL", help="sqlite:///FILE or postgresql://USER@HOST/DATABASE.")
 ]
-BlobFolder = Annotated[
-    Path, typer.Option("--blobs", metavar="DIR", help="The folder that holds the registry's weights.")
-]
+BLOBS_METAVAR = "DIR|URL"
+BLOBS_HELP = "The registry's weights: a folder, or s3://BUCKET/PREFIX (gs://, az://)."
+BlobFolder = Annotated[str, typer.Option("--blobs", metavar=BLOBS_METAVAR, help=BLOBS_HELP)]
 
 
 TenantName = Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose.")]
@@ -60,36 +56,18 @@ def adapter_name(text: str) -> tuple[str, str]:
 
 def register_base(registry: Registry, name_or_path: str, *, licence: str = "") -> Base:
     """The base's record; the base is registered where it is new, and a licence where there was none."""
+    from lorafleet.adapters.base_shapes import base_shapes
     from lorafleet.assets import describe_base
 
     found = describe_base(name_or_path)
     return registry.register_base(
-        found.name, found.digest, architecture=found.architecture, parameters=found.parameters, licence=licence
+        found.name,
+        found.digest,
+        architecture=found.architecture,
+        parameters=found.parameters,
+        licence=licence,
+        shapes=base_shapes(found.path),
     )
-
-
-def import_weights(
-    registry: Registry,
-    tenant: str,
-    name: str,
-    weights: LoraAdapter,
-    *,
-    base: Base,
-    base_folder: str,
-    licence: str = "",
-    card: str = "",
-    by: str = "",
-) -> Version:
-    """The next version of an adapter, which is made where it is new; BaseMismatchError where it is for another base."""
-    from lorafleet.adapters.base_shapes import base_shapes, check_fits
-    from lorafleet.assets import base_path
-
-    check_fits(weights, base_shapes(base_path(base_folder)))
-    try:
-        adapter = registry.adapter(tenant, name)
-    except NotFoundError:
-        adapter = registry.create_adapter(tenant, name, base=base.digest, by=by)
-    return registry.add_version(tenant, adapter.name, weights, licence=licence, card=card, by=by)
 
 
 def named_values(arguments: list[str], *, form: str) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -19,9 +20,10 @@ from lorafleet.clients.data import Split, Texts, open_texts, split_texts
 from lorafleet.clients.handover import HandedOrder, Orders, Sections, listening, receiving, serve
 from lorafleet.clients.introduction import check_rank, introduction
 from lorafleet.clients.limits import DEFAULT_RANK, PROBE_S, LocalLimits
+from lorafleet.clients.standing import is_out
 from lorafleet.clients.state import MemberState, open_state
 from lorafleet.clients.supernode import SuperNode, node_config, supernode
-from lorafleet.errors import InvalidInputError, NotFoundError, UnavailableError
+from lorafleet.errors import InvalidInputError, NotFoundError, PermissionDeniedError, UnavailableError
 from lorafleet.flower_commands import environment, free_port, script
 from lorafleet.stopping import interruptible
 
@@ -60,7 +62,8 @@ def join_federation(
 
     The folder ``state`` holds what a restart needs (:mod:`lorafleet.clients.state`), the last key among it. The
     connection is TLS unless ``insecure``; one that is lost is tried again. Call it from the main thread. Raises
-    UnavailableError where the SuperNode fails, InvalidInputError or NotFoundError for arguments that cannot work.
+    UnavailableError where the SuperNode fails, PermissionDeniedError where the federation takes this member no more,
+    InvalidInputError or NotFoundError for arguments that cannot work.
     """
     if insecure and (root_certificates or private_key):
         raise InvalidInputError("found insecure together with certificates or a key: give one of the two")
@@ -80,7 +83,18 @@ def join_federation(
             if private_key is None and not insecure:
                 private_key = kept.contents.private_key
         connection = _connection(superlink, insecure, root_certificates, private_key)
-        _serve(connection, superlink, _Owner(member, rank, split, folder, limits, probe_s, kept))
+        owner = _Owner(member, rank, split, folder, limits, probe_s, kept)
+        _serve(connection, superlink, owner, is_out=_standing(superlink, root_certificates, private_key))
+
+
+def _standing(
+    superlink: str, root_certificates: str | Path | None, private_key: str | Path | None
+) -> Callable[[], bool]:
+    """Whether the federation takes this member no more; without a key there is nobody to ask about."""
+    if private_key is None:
+        return lambda: False
+    trusted = None if root_certificates is None else Path(root_certificates)
+    return partial(is_out, superlink, Path(private_key), trusted)
 
 
 def _connection(
@@ -122,7 +136,7 @@ class _Owner:
         return me if self.probe_s is None else probed(me, rank=self.rank, limit_s=self.probe_s)
 
 
-def _serve(connection: list[str], superlink: str, owner: _Owner) -> None:
+def _serve(connection: list[str], superlink: str, owner: _Owner, *, is_out: Callable[[], bool]) -> None:
     """Until asked to stop. The base loads while the SuperNode starts and is asked who it is."""
     try:
         # The folder is this user's alone: whoever reaches the socket can have this member train.
@@ -145,17 +159,23 @@ def _serve(connection: list[str], superlink: str, owner: _Owner) -> None:
                 listening(Path(home) / "orders") as listener,
                 _Introducing(owner, rank, superlink) as introduce,
                 receiving(listener, introduce.answer) as orders,
-                supernode(command, own_environment, superlink=superlink) as node,
+                supernode(command, own_environment, superlink=superlink, is_out=is_out) as node,
             ):
                 introduce.on_asked = node.connected
                 me = me or owner.load(stop_if_asked)
                 _work(me, owner, node, orders, stop_if_asked)
+                if node.out:
+                    raise PermissionDeniedError(
+                        f"{superlink} takes this node's key no more: {owner.member} was revoked, or the federation "
+                        "stopped; ask its owner"
+                    )
+                raise UnavailableError(f"the SuperNode ended with code {node.code}; its output above says why")
     except KeyboardInterrupt:
         log.info("asked to stop; the SuperNode has ended")
 
 
 def _work(me: Member, owner: _Owner, node: SuperNode, orders: Orders, stop_if_asked: Callable[[], None]) -> None:
-    """Carry out what comes; raises UnavailableError once the SuperNode can never work."""
+    """Carry out what comes until the SuperNode can never work."""
     from lorafleet.clients.memory import give_back
     from lorafleet.clients.orders import answer
     from lorafleet.clients.progress import bar
@@ -179,7 +199,6 @@ def _work(me: Member, owner: _Owner, node: SuperNode, orders: Orders, stop_if_as
         return node.alive()
 
     serve(orders, carry_out, alive=alive)
-    raise UnavailableError(f"the SuperNode ended with code {node.code}; its output above says why")
 
 
 class _Curve:

@@ -2,7 +2,8 @@
 
 A SuperNode tries again by itself while its SuperLink does not answer. One that comes back without knowing its nodes, as
 a SuperLink without a database does, refuses it, and it ends with code 0; it is then started anew, each time after a
-longer pause. One that ends with an error before it was ever connected cannot work as it was called, and ends the join.
+longer pause. One that ends with an error before it was ever connected cannot work as it was called, and ends the join;
+so does one that was connected and whose member the federation has put out.
 """
 
 from __future__ import annotations
@@ -52,17 +53,24 @@ def pause_s(failures: int, *, draw: float) -> float:
 
 
 class SuperNode:
-    """A child that is started again when its connection was lost. ``start`` makes one that runs."""
+    """A child that is started again when its connection was lost. ``start`` makes one that runs.
+
+    ``is_out`` says whether the federation takes its member no more; it is asked each time that the connection was lost.
+    """
 
     def __init__(
         self,
         start: Callable[[], subprocess.Popen[bytes]],
         *,
         superlink: str,
+        is_out: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._start, self._superlink, self._clock, self._draw = start, superlink, clock, draw
+        self._is_out = is_out
+        self.out = False
+        """Whether the federation has put its member out."""
         self._connected, self._failures = False, 0
         self._again_at: float | None = None
         self._child, self._since = start(), clock()
@@ -90,6 +98,9 @@ class SuperNode:
         if code > 0 and not self._connected:
             return False
         _end(self._child)
+        if self._is_out():
+            self.out = True
+            return False
         self._connected = True
         lived_s = self._clock() - self._since
         self._failures = 1 if lived_s >= SETTLED_S else self._failures + 1
@@ -106,7 +117,13 @@ class SuperNode:
 
 
 @contextmanager
-def supernode(command: Callable[[], list[str]], variables: Mapping[str, str], *, superlink: str) -> Iterator[SuperNode]:
+def supernode(
+    command: Callable[[], list[str]],
+    variables: Mapping[str, str],
+    *,
+    superlink: str,
+    is_out: Callable[[], bool] = lambda: False,
+) -> Iterator[SuperNode]:
     """A SuperNode for the block; ``command`` is asked before every start. With it ends all that its session holds:
     tasks never outlive their member.
 
@@ -116,7 +133,7 @@ def supernode(command: Callable[[], list[str]], variables: Mapping[str, str], *,
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(leashed(command()), env=dict(variables), start_new_session=True)
 
-    node = SuperNode(start, superlink=superlink)
+    node = SuperNode(start, superlink=superlink, is_out=is_out)
     try:
         yield node
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lorafleet import flower_commands
+from lorafleet.adapters.base_shapes import base_shapes
 from lorafleet.assets import describe_base, flower_app_path
 from lorafleet.coordinator.privacy import check_budget
 from lorafleet.coordinator.settings import CoordinatorConfig, check_terms
@@ -84,7 +85,11 @@ def register(config: CoordinatorConfig, registry: Registry) -> Federation:
             registry.create_tenant(name)
     if federation is None:
         record = registry.register_base(
-            base.name, base.digest, architecture=base.architecture, parameters=base.parameters
+            base.name,
+            base.digest,
+            architecture=base.architecture,
+            parameters=base.parameters,
+            shapes=base_shapes(base.path),
         )
         federation = registry.create_federation(
             settings.tenant, settings.name, base=record.digest, settings=settings.to_dict()

@@ -17,7 +17,8 @@ number of members but for one such level at each fourfold. A module that is larg
 before (:func:`weigh`), of one update at a time. Rules that compare whole updates bit by bit need them all at hand.
 
 **Losses.** Tasks are pure, so that one whose worker died is run again, with the same inputs and bits, and its result
-takes the place of none. Where a part was lost together with the inputs that it came from, its window starts again.
+takes the place of none. A task's inputs are kept until it has ended, and no longer: where a part was lost whose inputs
+are gone, its window starts again.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ SHARD_PARAMETERS = 2_000_000
 # A window has at least so many shards, where it has as many modules: work for that many processors.
 SHARDS = 4
 ATTEMPTS = 3
+RETRIES = 5
+"""How often a task is run again whose worker died."""
 
 T = TypeVar("T")
 
@@ -77,10 +80,15 @@ class Workers(Protocol):
         """The handle of what the task will return."""
         ...
 
-    def submit_sized(self, task: Callable[..., tuple[Any, int]], *arguments: Any) -> Done: ...
+    def submit_sized(self, task: Callable[..., tuple[Any, int]], *arguments: Any) -> Done:
+        """A task that is run once; whose worker dies is for :meth:`ended` to say."""
+        ...
 
-    def ended(self, sizes: Sequence[Any], *, wait: bool) -> dict[int, int]:
-        """Position → bytes, of those tasks that have ended; of one at least where ``wait``. Raises PartsLostError."""
+    def ended(self, sizes: Sequence[Any], *, wait: bool) -> dict[int, int | None]:
+        """Position → bytes, of those tasks that have ended; of one at least where ``wait``.
+
+        None for one whose worker died, or the worker of a task before it. Raises PartsLostError.
+        """
         ...
 
     def get(self, handle: Any) -> Any:
@@ -186,6 +194,19 @@ class _Part:
 
 
 @dataclass
+class _Task:
+    """A part on its way."""
+
+    size: Any
+    """of the bytes of its output; a handle"""
+    part: _Part
+    inputs: Sequence[_Part]
+    """go when it has ended"""
+    start: Callable[[], Done]
+    retries: int = 0
+
+
+@dataclass
 class _Window:
     """One pass: some shards of modules over all slots."""
 
@@ -198,8 +219,8 @@ class _Window:
     memory_bytes: int
     parts: dict[Slot, list[_Part] | None] = field(default_factory=dict)
     """None for a slot whose members all are missing"""
-    running: dict[int, tuple[Any, _Part, Sequence[_Part]]] = field(default_factory=dict)
-    """Task → (its size's handle, its part, what goes when it ends)"""
+    running: dict[int, _Task] = field(default_factory=dict)
+    """In the order of submission: a task comes after those whose outputs it is given."""
     ready: list[Slot] = field(default_factory=list)
     opened: set[Slot] = field(default_factory=set)
     started: set[Slot] = field(default_factory=set)
@@ -292,10 +313,14 @@ class _Window:
         reserved: int = 0,
     ) -> _Part:
         """``reserved``: bytes for the output until it is known; that of a merge takes the place of its inputs."""
-        done = self.workers.submit_sized(task, self.rule, *arguments, *(part.output for part in inputs))
+
+        def start() -> Done:
+            return self.workers.submit_sized(task, self.rule, *arguments, *(part.output for part in inputs))
+
+        done = start()
         part = _Part(done.output, reserved)
         self._hold(reserved)
-        self.running[self.tasks] = (done.size, part, inputs)
+        self.running[self.tasks] = _Task(done.size, part, inputs, start)
         self.tasks += 1
         return part
 
@@ -307,10 +332,26 @@ class _Window:
         numbers = list(self.running)
         if not numbers:
             return
-        for position, size in self.workers.ended([self.running[n][0] for n in numbers], wait=wait).items():
-            _, part, inputs = self.running.pop(numbers[position])
-            self._hold(size - part.bytes - sum(part.bytes for part in inputs))
-            part.bytes = size
+        ended = self.workers.ended([self.running[n].size for n in numbers], wait=wait)
+        for position, size in sorted(ended.items()):
+            number = numbers[position]
+            if size is None:
+                self._run_again(self.running[number])
+                continue
+            task = self.running.pop(number)
+            self._hold(size - task.part.bytes - sum(part.bytes for part in task.inputs))
+            task.part.bytes = size
+
+    def _run_again(self, task: _Task) -> None:
+        """With inputs that are there still; one of them that was lost, too, runs again already, under a new handle."""
+        if task.retries == RETRIES:
+            raise UnavailableError(
+                f"the cluster lost the same task {RETRIES + 1} times, each time its worker died: give workers more "
+                "memory, or the reduction less"
+            )
+        task.retries += 1
+        done = task.start()
+        task.size, task.part.output = done.size, done.output
 
 
 class Reduction:

@@ -31,11 +31,8 @@ def drop_old_updates(
         return
     last_words = [record.key for record in latest(parts.registry.journal(federation))] if spans_rounds else []
     try:
-        done = parts.registry.drop_factors(
+        parts.registry.drop_factors(
             federation, through=through, uncounted=not spans_rounds, keep=last_words, token=parts.token
         )
     except LorafleetError as error:
         log.warning("updates of rounds up to %d are kept for now: %s", through, error)
-    else:
-        if not done:
-            log.info("updates of rounds up to %d are kept for now: others are storing weights", through)

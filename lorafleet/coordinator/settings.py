@@ -191,7 +191,8 @@ class CoordinatorConfig:
     federation: FederationSettings
     registry: str
     """SQLAlchemy URL."""
-    blobs: Path
+    blobs: Path | str
+    """A folder, or the URL of an object store, ``s3://BUCKET/PREFIX``."""
     ray_address: str
     """``HOST:PORT`` of a running cluster's head, ``auto`` to find one, or ``local`` to reduce without Ray."""
     superlink: str
@@ -235,7 +236,8 @@ class CoordinatorConfig:
         if unknown := set(values) - {"federation", *TABLES, "coordinator", "members"}:
             raise InvalidInputError(f"{path}: unknown tables {', '.join(sorted(unknown))}")
         for key in coordinator.keys() & {"blobs", "root_certificates"}:
-            coordinator[key] = _path(path.parent, key, coordinator[key])
+            if not (key == "blobs" and isinstance(coordinator[key], str) and "://" in coordinator[key]):
+                coordinator[key] = _path(path.parent, key, coordinator[key])
         if isinstance(coordinator.get("registry"), str):
             # The ServerApp runs in a folder of its own, and has to find the database of whoever submitted it.
             coordinator["registry"] = anchored_url(coordinator["registry"], path.parent.resolve())

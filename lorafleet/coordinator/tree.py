@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from lorafleet.adapters import LoraAdapter
 from lorafleet.coordinator.reduction import (
     MEMORY_BYTES,
+    RETRIES,
     Done,
     Extent,
     PartsLostError,
@@ -24,9 +25,6 @@ from lorafleet.coordinator.reduction import (
 from lorafleet.coordinator.rules import get_rule
 from lorafleet.coordinator.rules.rule import Modules, admit, common_base
 from lorafleet.errors import InvalidInputError, UnavailableError
-
-# How often Ray runs a task again whose worker died. Tasks are pure.
-RETRIES = 5
 
 
 class Weighted(NamedTuple):
@@ -89,7 +87,7 @@ class Here:
     def submit_sized(self, task: Callable[..., tuple[Any, int]], *arguments: Any) -> Done:
         return Done(*task(*arguments))
 
-    def ended(self, sizes: Sequence[Any], *, wait: bool) -> dict[int, int]:
+    def ended(self, sizes: Sequence[Any], *, wait: bool) -> dict[int, int | None]:
         return dict(enumerate(sizes))
 
     def get(self, handle: Any) -> Any:
@@ -120,30 +118,35 @@ class LocalReducer:
 
 
 class OnRay:
-    """Ray's workers, by the connection that this process has."""
+    """Ray's workers, by the connection that this process has.
+
+    Ray runs none of the parts' tasks again: for that it would keep all updates until the last part has gone, in memory
+    first and then on the disk (what ``ray.put`` stored cannot be computed again, so that each task that may be pins
+    it). The reduction keeps what a task that still runs was given, and no more.
+    """
 
     def __init__(self) -> None:
         import ray
 
         self._ray = ray
-        self._tasks: dict[tuple[Callable[..., Any], int], Any] = {}
+        self._tasks: dict[Callable[..., Any], Any] = {}
 
     def put(self, value: Any) -> Any:
         return self._ray.put(value)
 
     def submit(self, task: Callable[..., Any], *arguments: Any) -> Any:
-        return self._remote(task, 1).remote(*arguments)
+        return self._remote(task, num_returns=1, max_retries=RETRIES).remote(*arguments)
 
     def submit_sized(self, task: Callable[..., tuple[Any, int]], *arguments: Any) -> Done:
-        return Done(*self._remote(task, 2).remote(*arguments))
+        return Done(*self._remote(task, num_returns=2, max_retries=0).remote(*arguments))
 
-    def ended(self, sizes: Sequence[Any], *, wait: bool) -> dict[int, int]:
+    def ended(self, sizes: Sequence[Any], *, wait: bool) -> dict[int, int | None]:
         handles = list(sizes)
         count, timeout = (1, None) if wait else (len(handles), 0)
         # fetch_local: ready means here; a handle that cannot be had any more is ready, and raises when it is read.
         ready, _ = self._ray.wait(handles, num_returns=count, timeout=timeout)
         position = {handle: place for place, handle in enumerate(handles)}
-        return dict(zip((position[handle] for handle in ready), self.get(ready), strict=True))
+        return {position[handle]: self._size(handle) for handle in ready}
 
     def get(self, handle: Any) -> Any:
         errors = self._ray.exceptions
@@ -157,10 +160,19 @@ class OnRay:
                 "memory, or the reduction less"
             ) from None
 
-    def _remote(self, task: Callable[..., Any], returns: int) -> Any:
-        if (task, returns) not in self._tasks:
-            self._tasks[task, returns] = self._ray.remote(num_returns=returns, max_retries=RETRIES)(task)
-        return self._tasks[task, returns]
+    def _size(self, handle: Any) -> int | None:
+        errors = self._ray.exceptions
+        try:
+            return int(self._ray.get(handle))
+        except errors.ObjectLostError as error:
+            raise PartsLostError(_first_line(error)) from None
+        except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.NodeDiedError):
+            return None
+
+    def _remote(self, task: Callable[..., Any], **options: int) -> Any:
+        if task not in self._tasks:
+            self._tasks[task] = self._ray.remote(**options)(task)
+        return self._tasks[task]
 
 
 class RayReducer:

@@ -53,6 +53,8 @@ def environment(home: Path, threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         # Many processes share the cores: a thread that spins at a barrier takes them from the others.
         "OMP_WAIT_POLICY": "PASSIVE",
+        # glibc gives each thread a heap of its own, eight a core, and keeps what was freed there; two dozen processes.
+        "MALLOC_ARENA_MAX": "2",
         "TOKENIZERS_PARALLELISM": "false",
     }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -248,21 +250,29 @@ class Engine:
         mix: Mapping[str, float] | TokenMix | None = None,
         sampling: SamplingParams | None = None,
         salt: str = "",
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> Ticket:
         """Queue a request. A text is encoded with the end-of-text token before it, as documents were in training.
 
         What requests with the same ``salt``, mix and first tokens have computed is shared; a tenant's own salt keeps
-        others from measuring what it has asked.
+        others from measuring what it has asked. Tenants share what is computed by their ``weight``, and one that uses
+        less than its share is not slowed down much by others; ``tenant`` is a name of the caller's, of any meaning.
 
         Raises InvalidInputError for a prompt that is empty, longer than the context or holds unknown ids, or for a
-        weight out of range, or for a mix that the device has no room for; NotFoundError for an adapter that is not
-        loaded. The result raises UnavailableError where an adapter cannot be read again from its folder.
+        weight out of range, of an adapter or of the tenant, or for a mix that the device has no room for; NotFoundError
+        for an adapter that is not loaded. The result raises UnavailableError where an adapter cannot be read again from
+        its folder.
         """
         sampling = SamplingParams() if sampling is None else sampling
         if not isinstance(sampling, SamplingParams):
             raise InvalidInputError(f"found {sampling!r} as sampling, expected SamplingParams")
         if not isinstance(salt, str) or not is_text(salt):
             raise InvalidInputError(f"found {salt!r} as salt, expected a text")  # it would fail in the step, for all
+        if not isinstance(tenant, str):
+            raise InvalidInputError(f"found {tenant!r} as tenant, expected a text")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise InvalidInputError(f"found the weight {weight!r} of tenant {tenant!r}, expected a number above 0")
         sampling.check_vocabulary(self._base.vocabulary)
         tokens = self.encode(prompt)
         request = Request(
@@ -272,6 +282,8 @@ class Engine:
             max_new=min(sampling.max_tokens, self.context_tokens - len(tokens) + 1),
             decode=self._base.decode,
             salt=salt,
+            tenant=tenant,
+            weight=weight,
         )
         ticket = Ticket(advance=self._advance, cancel=self._cancel)
         with self._lock:
@@ -437,13 +449,19 @@ class Engine:
                 unloadable[request] = next(failed[digest] for digest in request.mix.held if digest in failed)
         for request, error in unloadable.items():
             self._fail(request, error)
+        began = time.perf_counter()
         with self._lock:
             runs = self._scheduler.schedule()
             self._steps_total += bool(runs)
+            now = time.monotonic()
+            for run in runs:
+                self._tickets[run.request].start(now)
             # A load that ends from here on wakes whoever waits; where none is under way there is nothing to wait for.
             self._stalled = not runs and self._scheduler.waiting > 0 and self._residency.loading
         if runs:
             self._compute(runs)
+            with self._lock:
+                self._scheduler.took(runs, time.perf_counter() - began)
 
     def _compute(self, runs: Sequence[ScheduledRun]) -> None:
         """Compute runs together; where that fails, one by one, so that only the request at fault fails."""
@@ -484,11 +502,13 @@ class Engine:
             self._tickets[request].put(chunk)
         elif request.pending == 0:  # the prompt is scored, and no more was asked for
             reason = "length"
-        if reason is not None:
-            self._finish(request, reason)
-        else:
+        # Also of what ends with its first token; but not what the last step of a scored prompt computed: routers score
+        # each prompt with many mixes, and few are asked for again.
+        if reason is None or outcome.token is not None:
             with self._lock:
                 self._scheduler.computed(request)
+        if reason is not None:
+            self._finish(request, reason)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         ticket = self._forget(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 from lorafleet.engine.detokenizer import Decode, Detokenizer, StopFinder
@@ -70,7 +71,7 @@ class ResolvedMix:
     gates: Mix | TokenRoute = ()
     """by digest, sorted, without zeros: what the request computes"""
 
-    @property
+    @cached_property  # the scheduler asks for it of every waiting request in every step
     def held(self) -> tuple[str, ...]:
         """Digests of the weights that the request may need."""
         return self.gates.keys if isinstance(self.gates, TokenRoute) else tuple(digest for digest, _ in self.gates)
@@ -88,6 +89,8 @@ class Request:
         max_new: int,
         decode: Decode,
         salt: str = "",
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> None:
         self.tokens = list(prompt)
         """prompt, then what was generated"""
@@ -100,6 +103,8 @@ class Request:
         """what penalties count; None where nothing is to be counted"""
         self.salt = salt
         """requests with different salts share no cached prefix"""
+        self.tenant, self.weight = tenant, weight
+        """those of a tenant are served in their order, tenants by what they had : weight"""
         self.computed = 0
         """tokens whose keys and values are in the cache"""
         self.pages: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from lorafleet.engine.scheduler import ScheduledRun
 from lorafleet.engine.tile_attention import TileAttention
 from lorafleet.engine.tile_pages import TilePages
 from lorafleet.kernels import Bank, Packing, Plan, Run
+from lorafleet.native import logprobs as native_logprobs
 
 # Rows of logits held at once while a prompt is scored: 256 rows of a 150 000-token vocabulary are 150 MB.
 _SCORE_ROWS = 256
@@ -59,6 +61,7 @@ class ModelRunner:
         # oneDNN's bfloat16 product carries one token's NaN to the token before it where the inner size is no multiple
         # of 32 (found with 31, 80 and 100, from 17 tokens on).
         self._leaks = device.type == "cpu" and base.dtype == torch.bfloat16 and not base.tiled
+        self._logprobs_of = native_logprobs.logprobs_of if base.tiled else logprobs_of
         self._plan: Plan | None = None
         self._packing: Packing | None = None
         self._graphs: StepGraphs | None = None
@@ -82,10 +85,9 @@ class ModelRunner:
             # Before anything is drawn: whoever called computes them one by one.
             raise FloatingPointError("the hidden states of these requests are not finite")
         talking: dict[int, int] = {}  # run → its last row, where that row predicts a new token
-        prompt_logprobs: list[list[float]] = []
+        prompt_logprobs = self._score_prompts(runs, hidden)
         row = 0
         for index, (request, start, stop) in enumerate(runs):
-            prompt_logprobs.append(self._score_prompt(runs[index], hidden[row : row + stop - start]))
             row += stop - start
             if stop == len(request.tokens):
                 talking[index] = row - 1
@@ -150,16 +152,29 @@ class ModelRunner:
         cap = self._base.logit_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
-    def _score_prompt(self, run: ScheduledRun, hidden: Tensor) -> list[float]:
-        """Log-probabilities (nats) of the prompt tokens that the run's ``hidden [n, hidden]`` predict, if asked."""
-        request, start, stop = run
-        count = min(stop, request.prompt_tokens - 1) - start if request.sampling.prompt_logprobs else 0
+    def _score_prompts(self, runs: Sequence[ScheduledRun], hidden: Tensor) -> list[list[float]]:
+        """For each run the log-probabilities (nats) of the prompt tokens that its rows predict, if asked.
+
+        All rows of a step go through the output layer together: five prompts of 100 tokens one by one took longer there
+        than in the five layers of a small base.
+        """
+        rows: list[int] = []
+        predicted: list[int] = []
+        counts: list[int] = []
+        row = 0
+        for request, start, stop in runs:
+            count = min(stop, request.prompt_tokens - 1) - start if request.sampling.prompt_logprobs else 0
+            counts.append(max(0, count))
+            rows.extend(range(row, row + counts[-1]))
+            predicted.extend(request.tokens[start + 1 : start + 1 + counts[-1]])
+            row += stop - start
         scores: list[float] = []
-        for first in range(0, count, _SCORE_ROWS):
-            last = min(first + _SCORE_ROWS, count)
-            predicted = torch.tensor(request.tokens[start + first + 1 : start + last + 1], device=self._device)
-            scores += logprobs_of(self._logits(hidden[first:last]), predicted).tolist()
-        return scores
+        for first in range(0, len(rows), _SCORE_ROWS):
+            chosen = torch.tensor(rows[first : first + _SCORE_ROWS], device=self._device)
+            tokens = torch.tensor(predicted[first : first + _SCORE_ROWS], device=self._device)
+            scores += self._logprobs_of(self._logits(hidden[chosen]), tokens).tolist()
+        ends = list(accumulate(counts))
+        return [scores[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
     def _set_gates(self, runs: Sequence[ScheduledRun]) -> None:
         """Decoding batches repeat their mixes step after step, so the last plan is kept while it fits."""

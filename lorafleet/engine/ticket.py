@@ -5,12 +5,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from lorafleet.engine.request import Generation, TokenChunk
 
 Advance: TypeAlias = Callable[[Callable[[], bool], float | None], bool]
 """``(ready, timeout_s)``"""
+
+
+class Times(NamedTuple):
+    """When a request came to what, by ``time.monotonic``; None for what has not been."""
+
+    submitted: float
+    started: float | None
+    """its first tokens were computed in the step that began then; the first time, where it gave its memory up"""
+    first_token: float | None
+    ended: float | None
 
 
 class Ticket:
@@ -31,10 +41,18 @@ class Ticket:
         self._generation: Generation | None = None
         self._error: BaseException | None = None
         self._listeners: list[Callable[[], None]] = []
+        self._submitted = time.monotonic()
+        self._started: float | None = None
+        self._first_token: float | None = None
+        self._ended: float | None = None
 
     @property
     def done(self) -> bool:
         return self._generation is not None or self._error is not None
+
+    @property
+    def times(self) -> Times:
+        return Times(self._submitted, self._started, self._first_token, self._ended)
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` now, and from the engine's thread after every chunk and at the end; never twice at a time.
@@ -43,7 +61,8 @@ class Ticket:
         listener holds it up, so that it has to be quick, and must not raise.
         """
         with self._condition:
-            self._listeners.append(listener)
+            if not self.done:
+                self._listeners.append(listener)
             listener()
 
     def chunks(self, start: int = 0) -> list[TokenChunk]:
@@ -90,20 +109,33 @@ class Ticket:
 
     # The engine's end.
 
+    def start(self, now: float) -> None:
+        """A step that computes some of it begins; only the first one counts."""
+        if self._started is None:
+            self._started = now
+
     def put(self, chunk: TokenChunk) -> None:
         with self._condition:
+            if self._first_token is None:
+                self._first_token = time.monotonic()
             self._chunks.append(chunk)
             self._changed()
 
     def finish(self, generation: Generation) -> None:
         with self._condition:
             self._generation = generation
-            self._changed()
+            self._end()
 
     def fail(self, error: BaseException) -> None:
         with self._condition:
             self._error = error
-            self._changed()
+            self._end()
+
+    def _end(self) -> None:
+        self._ended = time.monotonic()
+        self._changed()
+        # Most know their ticket: a cycle for each request would lie in memory until a full garbage collection.
+        self._listeners.clear()
 
     def _changed(self) -> None:
         self._condition.notify_all()

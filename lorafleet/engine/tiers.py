@@ -227,11 +227,16 @@ class Tiers:
 
         None of it pushes out what a request before it needs; room is not given to a later one before an earlier one.
         """
+        # Many wait for the same ones: what the first of them gets or does not get, the others get, too.
+        times = Counter(map(tuple, order))
         with self._lock:
-            self._waiting = Counter(digest for needed in order for digest in needed)
+            self._waiting = Counter()
+            for needed, count in times.items():
+                for digest in needed:
+                    self._waiting[digest] += count
             self._first = frozenset(order[0]) if order else frozenset()
             protected: set[str] = set()
-            for needed in order:
+            for needed in times:
                 protected.update(needed)
                 placed = [self._place(self._entries[digest], protected) for digest in needed]
                 if not all(placed):

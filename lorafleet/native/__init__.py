@@ -2,6 +2,7 @@
 
 - ``linear.cpp``: products of packed weights and of the adapters' rows, with what stands around them in a layer
 - ``attention.cpp``: attention over pages of keys and values
+- ``logprobs.cpp``: log-probabilities of given tokens under rows of logits
 
 :func:`library` gives them where they can run. Callers keep a path without them.
 """

@@ -1,188 +1,269 @@
-"""Adapter weights on disk: folders in PEFT format, found by the digest of what they hold.
+"""Adapter weights under the digests of what they hold, verified whenever they are stored and read.
 
-::
-
-    blobs/sha256/3f/3fa2…/    adapter_config.json  adapter_model.safetensors     never changes once it is there
-    blobs/incoming/…          being written; whatever a killed process left here is swept by the next start
-    blobs/incoming.lock       held shared by writers, exclusively by the sweep and by whoever deletes
-
-A folder appears under its final name by one rename, after its files are on the disk, and goes by one; a process that is
-killed at any point leaves the old state or the new one. The config names no base, as equal weights of two tenants share
-a folder.
-
-Weights are stored before the transaction that names them, and weights that are there already are not stored again. So
-who deletes must know of transactions that are still to come: whoever stores weights holds the lock shared until its
-transaction has ended (:meth:`BlobStore.naming`), and what nothing names is deleted only by who holds it alone
-(:meth:`BlobStore.alone`). The lock is taken before the database's, by both.
+Each is a folder in PEFT format, in a place behind :mod:`lorafleet.registry.files`. The config names no base, as equal
+weights of two tenants share a folder. Who may store and who may delete is agreed on in the database
+(:mod:`lorafleet.registry.claims`); a repair deletes, too, and is told how.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import stat
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from safetensors import SafetensorError
 
 from lorafleet.adapters import LoraAdapter, LoraPair
-from lorafleet.adapters.format import load_modules
-from lorafleet.errors import InvalidInputError, NotFoundError, UnavailableError
-from lorafleet.registry.references import check_digest
+from lorafleet.adapters.format import (
+    CONFIG_NAME,
+    GATES_NAME,
+    LARGEST_CONFIG,
+    WEIGHTS_NAME,
+    load_modules,
+    read_config,
+    refuse_other_weights,
+)
+from lorafleet.adapters.streaming import AdapterReader, Contents, check_header_size, folder_digest, transcribe
+from lorafleet.errors import AdapterFormatError, BackendError, InvalidInputError, NotFoundError
+from lorafleet.registry.files import StoredBlob, open_files
+from lorafleet.registry.references import check_digest, is_digest
+
+DELETING_S = 20.0
+"""See :meth:`BlobStore.delete`; together with a last request it is well below the 60 s that PostgreSQL waits."""
+Alone = Callable[[Sequence[str]], AbstractContextManager[object]]
+"""A block in which nobody else deletes weights of these digests, nor begins to store them"""
+_COPIED_BYTES = 2**20
+T = TypeVar("T")
+
+
+class Received(NamedTuple):
+    """A folder that came from outside, checked, and written anew for the store."""
+
+    contents: Contents
+    folder: Path
 
 
 class BlobStore:
-    """Content-addressed adapters under one folder; safe for any number of threads and processes of one machine."""
+    """Content-addressed adapters in one place; safe for any number of threads and processes."""
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).resolve()
-        self._incoming = self.folder / "incoming"
-        try:
-            for path in (self.folder, self._incoming, self.folder / "sha256"):
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._sweep()
-        except OSError as error:
-            raise UnavailableError(
-                f"the blob folder {self.folder} cannot be used ({error}); give one that this process may write to"
-            ) from error
+    def __init__(self, place: str | Path) -> None:
+        """``place`` is a folder, or a URL (:mod:`lorafleet.registry.object_files` has the forms)."""
+        self._files = open_files(place)
+
+    @property
+    def name(self) -> str:
+        """The place, for messages."""
+        return self._files.name
 
     def path(self, digest: str) -> Path:
-        """Where a digest's folder is, or would be."""
-        hexadecimal = check_digest("blob", digest).removeprefix("sha256:")
-        return self.folder / "sha256" / hexadecimal[:2] / hexadecimal
+        """Where a digest's folder is on this machine, or would be.
 
-    def put(self, adapter: LoraAdapter) -> str:
+        With weights far away it is a copy, which stays until others that are read need its place.
+        """
+        return self._files.path(check_digest("blob", digest))
+
+    def put(self, adapter: LoraAdapter, *, alone: Alone = nullcontext) -> str:
         """Store an adapter and return its digest; when this returns, it survives a loss of power.
 
-        What is there already is read and verified, and written again where it is damaged.
+        What is there already is read and verified, and written again where it is damaged. What is damaged is removed
+        within ``alone``; without it nobody else may use the place.
         """
-        target = self.path(adapter.digest)
-        try:
-            with self._writing():
-                if target.exists():
-                    try:
-                        self.read(adapter.digest)
-                        return adapter.digest
-                    except UnavailableError:
-                        self._move_aside(target)
-                self._write(adapter, target)
-        except (OSError, SafetensorError) as error:
-            raise UnavailableError(
-                f"the weights {adapter.digest} cannot be written under {self.folder} ({error}); nothing was "
-                "stored; make room or check the disk, and call again"
-            ) from error
-        return adapter.digest
+        digest = adapter.digest
+        with self._explaining(digest):
+            if not self._is_sound(digest, self.read, alone):
+                with self._files.incoming() as folder:
+                    LoraAdapter(adapter.modules, gates=adapter.gates).save(folder)
+                    self._files.publish(digest, folder)
+        return digest
 
     @contextmanager
-    def naming(self) -> Iterator[None]:
-        """Nothing is deleted inside the block: for storing weights together with the transaction that names them."""
-        with self._writing():
-            yield
+    def receive(
+        self, folder: Path, *, headers: Callable[[AdapterReader], None], check: Callable[[str, LoraPair], None]
+    ) -> Iterator[Received]:
+        """A folder in PEFT format from outside, copied, checked and ready for :meth:`adopt`; gone at the block's end.
 
-    @contextmanager
-    def alone(self) -> Iterator[bool]:
-        """Whether nobody stores weights, or has stored some that are not named yet; then so until the block's end."""
-        with self._lock_file() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
+        In memory for a few modules, however large it is. The copy is what is checked, so that nobody can exchange the
+        files meanwhile. Raises what :func:`~lorafleet.adapters.streaming.transcribe` raises.
+        """
+        refuse_other_weights(folder)
+        # Both again of the copy, which may take long to make.
+        if (folder / CONFIG_NAME).is_file():
+            read_config(folder / CONFIG_NAME)
+        if (folder / WEIGHTS_NAME).is_file():
+            check_header_size(folder / WEIGHTS_NAME)
+        with self._files.incoming() as work:
+            with self._explaining(f"of {folder}"):
+                copied, written = work / "copied", work / "written"
+                copied.mkdir()
+                written.mkdir()
+                for name in (CONFIG_NAME, WEIGHTS_NAME, GATES_NAME):
+                    _copy(folder / name, copied / name, most=LARGEST_CONFIG + 1 if name == CONFIG_NAME else None)
+            with _naming(folder, instead_of=copied), self._explaining(f"of {folder}"):
+                contents = transcribe(copied, written, headers=headers, check=check)
+            yield Received(contents, written)
 
-    def delete(self, digest: str) -> None:
-        """Remove weights, where they are there. Only inside of :meth:`alone`, and only what nothing names."""
-        target = self.path(digest)
+    def adopt(self, received: Received, *, alone: Alone = nullcontext) -> None:
+        """Store what :meth:`receive` gave, as :meth:`put` does."""
+        digest = received.contents.digest
+        with self._explaining(digest):
+            if not self._is_sound(digest, self.verify, alone):
+                self._files.publish(digest, received.folder)
+
+    def delete(self, digests: Sequence[str]) -> None:
+        """Remove weights, where they are there. Only what the database says may go, in the transaction that said so.
+
+        Nothing is begun any more after 20 s, when the database may soon end that transaction, and with it its locks.
+        """
         try:
-            if target.exists():
-                self._move_aside(target)
+            self._delete(digests)
         except OSError as error:
-            raise UnavailableError(f"the weights {digest} cannot be deleted from {self.folder} ({error})") from error
+            raise BackendError(f"weights cannot be deleted from {self.name} ({error}); call again") from error
+
+    def stored(self) -> Iterator[StoredBlob]:
+        """Everything that is there, also what a killed process left half stored."""
+        try:
+            yield from (blob for blob in self._files.stored() if is_digest(blob.digest))
+        except OSError as error:
+            raise BackendError(f"{self.name} cannot be listed ({error}); call again") from error
+
+    def secret(self, name: str, fresh: bytes) -> bytes:
+        """A small secret beside the weights: its bytes, or ``fresh`` where there was none. Raises OSError."""
+        return self._files.secret(name, fresh)
 
     def read(self, digest: str) -> LoraAdapter:
-        """The adapter of a digest, checked against it; UnavailableError where what is on the disk is not that."""
-        path = self.path(digest)
-        if not path.is_dir():
-            raise UnavailableError(f"the weights {digest} are missing from {self.folder}; restore them from a backup")
-        try:
-            stored = LoraAdapter.load(path)
-            # A copy: what was loaded may be a mapping of the file, and what is checked must be what is returned.
-            pairs = {name: LoraPair(a.clone(), b.clone()) for name, (a, b) in stored.modules.items()}
-            adapter = LoraAdapter(pairs, gates={name: gate.clone() for name, gate in stored.gates.items()})
-        except (InvalidInputError, NotFoundError, OSError) as error:
-            raise UnavailableError(f"the weights {digest} are damaged ({error}); restore them from a backup") from error
-        if adapter.digest != digest:
-            raise UnavailableError(
-                f"the weights {digest} are damaged: what {path} holds has the digest {adapter.digest}; "
-                "restore them from a backup"
-            )
-        return adapter
+        """The adapter of a digest, checked against it; UnavailableError where what is stored is not that."""
+        return self._once_more(digest, self._read)
+
+    def verify(self, digest: str) -> None:
+        """:meth:`read` without its result, in memory for a few modules."""
+        self._once_more(digest, self._verify)
+
+    @contextmanager
+    def held(self, digest: str) -> Iterator[Path]:
+        """The folder of a digest's files on this machine, verified, there until the block's end."""
+        self.verify(digest)
+        with ExitStack() as stack:
+            with self._blaming(digest):  # and not for what goes wrong inside the block
+                path = stack.enter_context(self._files.held(digest))
+            if path is None:
+                raise BackendError(f"the weights {digest} went from {self.name} while they were read; call again")
+            yield path
 
     def read_modules(self, digest: str, paths: Collection[str]) -> dict[str, LoraPair]:
         """Those of the modules ``paths`` that the adapter of a digest has, read alone.
 
         The digest is of the whole, so that this cannot be checked against it: for who has called :meth:`read` before.
         """
-        try:
-            return load_modules(self.path(digest), paths)[0]
-        except (InvalidInputError, NotFoundError, OSError) as error:
-            raise UnavailableError(f"the weights {digest} are damaged ({error}); restore them from a backup") from error
+        with self._reading(digest) as path:
+            return load_modules(path, paths)[0]
 
-    def _write(self, adapter: LoraAdapter, target: Path) -> None:
-        temporary = Path(tempfile.mkdtemp(dir=self._incoming))  # 0700
-        try:
-            LoraAdapter(adapter.modules, gates=adapter.gates).save(temporary)
-            for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
-            target.parent.mkdir(mode=0o700, exist_ok=True)
-            _sync(target.parent.parent)
-            try:
-                temporary.rename(target)
-            except OSError:
-                # Somebody else was faster; a folder that is not empty cannot be renamed onto.
-                if not target.is_dir():
-                    raise
-            _sync(target.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _move_aside(self, target: Path) -> None:
-        grave = Path(tempfile.mkdtemp(dir=self._incoming))
-        target.rename(grave / target.name)
-        shutil.rmtree(grave, ignore_errors=True)
+    def _read(self, digest: str) -> LoraAdapter:
+        with self._reading(digest) as path:
+            stored = LoraAdapter.load(path)
+            # A copy: what was loaded may be a mapping of the file, and what is checked must be what is returned.
+            pairs = {name: LoraPair(a.clone(), b.clone()) for name, (a, b) in stored.modules.items()}
+            adapter = LoraAdapter(pairs, gates={name: gate.clone() for name, gate in stored.gates.items()})
+            if adapter.digest != digest:
+                raise InvalidInputError(f"what {path} holds has the digest {adapter.digest}")
+            return adapter
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with self._lock_file() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+    def _reading(self, digest: str) -> Iterator[Path]:
+        """The folder of a digest; what goes wrong inside is UnavailableError."""
+        check_digest("blob", digest)
+        with self._blaming(digest), self._files.held(digest) as path:
+            if path is None:
+                raise BackendError(f"the weights {digest} are missing from {self.name}; restore them from a backup")
+            yield path
+
+    @contextmanager
+    def _blaming(self, digest: str) -> Iterator[None]:
+        try:
             yield
+        except (InvalidInputError, NotFoundError) as error:
+            raise _DamagedError(f"the weights {digest} are damaged ({error}); restore them from a backup") from error
+        except OSError as error:
+            raise BackendError(f"the weights {digest} cannot be read from {self.name} ({error})") from error
 
-    def _sweep(self) -> None:
-        with self._lock_file() as lock:
+    def _once_more(self, digest: str, read: Callable[[str], T]) -> T:
+        """What reads a digest's files; again where only a copy of this machine is damaged."""
+        try:
+            return read(digest)
+        except _DamagedError:
+            if not self._files.fetch_again(digest):
+                raise
+            return read(digest)
+
+    def _is_sound(self, digest: str, read: Callable[[str], object], alone: Alone) -> bool:
+        """Whether a digest is stored, and what is stored has it; what is damaged is removed.
+
+        What merely cannot be read now is not: others' versions may name it. Nor is what somebody else has stored since
+        the damage was found: it may be named by now, and is looked at anew. Reading takes too long to do it alone.
+        """
+        while (found := self._files.stamp(check_digest("blob", digest))) is not None:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # somebody is writing; a later start sweeps
-            for left in self._incoming.iterdir():
-                shutil.rmtree(left, ignore_errors=True)
+                read(digest)
+                return True
+            except _DamagedError:
+                with alone([digest]):
+                    if self._files.stamp(digest) == found:
+                        self._delete([digest])
+            except BackendError:
+                if self._files.stamp(digest) is not None:
+                    raise  # otherwise somebody else found the damage, too
+        return False
+
+    def _delete(self, digests: Sequence[str]) -> None:
+        self._files.delete([check_digest("blob", digest) for digest in digests], until=time.monotonic() + DELETING_S)
+
+    def _verify(self, digest: str) -> None:
+        with self._reading(digest) as path:
+            found = folder_digest(path)
+            if found != digest:
+                raise InvalidInputError(f"what {path} holds has the digest {found}")
 
     @contextmanager
-    def _lock_file(self) -> Iterator[int]:
-        descriptor = os.open(self.folder / "incoming.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _explaining(self, what: str) -> Iterator[None]:
         try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+            yield
+        except (OSError, SafetensorError) as error:
+            raise BackendError(
+                f"the weights {what} cannot be written under {self.name} ({error}); nothing was "
+                "stored; make room or check the disk, and call again"
+            ) from error
 
 
-def _sync(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+class _DamagedError(BackendError):
+    """What is stored is not what its digest says."""
+
+
+def _copy(source: Path, target: Path, *, most: int | None) -> None:
+    """Copy a regular file, or its first ``most`` bytes; nothing where it is not there."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        # A pipe would keep its reader waiting.
+        descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise AdapterFormatError(f"{source} cannot be read ({error}); expected a file of an adapter") from None
+    with os.fdopen(descriptor, "rb") as reading:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise AdapterFormatError(f"{source} is no regular file; expected a file of an adapter")
+        with target.open("xb") as writing:
+            left = most
+            while piece := reading.read(_COPIED_BYTES if left is None else min(_COPIED_BYTES, left)):
+                writing.write(piece)
+                left = None if left is None else left - len(piece)
+
+
+@contextmanager
+def _naming(folder: Path, *, instead_of: Path) -> Iterator[None]:
+    """Errors about a copy are about the folder that it was made of."""
+    try:
+        yield
+    except (AdapterFormatError, NotFoundError) as error:
+        raise type(error)(str(error).replace(str(instead_of), str(folder))) from None

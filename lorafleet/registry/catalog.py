@@ -7,20 +7,31 @@ import math
 from sqlalchemy import Select, or_, select, update
 from sqlalchemy.orm import Session
 
+from lorafleet.adapters.base_shapes import ModuleShapes
 from lorafleet.errors import AlreadyExistsError, InvalidInputError
 from lorafleet.registry.database import insert_if_absent
 from lorafleet.registry.records import Adapter, Base, Tenant
 from lorafleet.registry.references import check_digest, check_name, not_found
-from lorafleet.registry.tables import AdapterRow, BaseRow, FederationRow, TenantRow
+from lorafleet.registry.tables import AdapterRow, BaseRow, BaseShapesRow, FederationRow, TenantRow
 
 
 def create_tenant(session: Session, name: str, weight: float, now: float) -> Tenant:
     check_name("tenant", name)
-    if not (math.isfinite(weight) and weight > 0):
-        raise InvalidInputError(f"tenant {name!r}: found the weight {weight}, expected a finite number above 0")
+    _check_weight(name, weight)
     if not insert_if_absent(session, TenantRow, name=name, weight=weight, created_at=now):
         raise AlreadyExistsError(f"there is a tenant {name!r} already; choose another name")
     return tenant(session, name)
+
+
+def set_weight(session: Session, name: str, weight: float) -> Tenant:
+    _check_weight(name, weight)
+    session.execute(update(TenantRow).where(TenantRow.id == tenant(session, name).id).values(weight=weight))
+    return tenant(session, name)
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not (math.isfinite(weight) and weight > 0):
+        raise InvalidInputError(f"tenant {name!r}: found the weight {weight}, expected a finite number above 0")
 
 
 def tenant(session: Session, name: str) -> Tenant:
@@ -75,6 +86,17 @@ def base(session: Session, name_or_digest: str) -> Base:
     if row is None:
         raise not_found(f"base {name_or_digest!r}")
     return Base(row.id, row.name, row.digest, row.architecture, row.parameters, row.licence, row.created_at)
+
+
+def put_shapes(session: Session, digest: str, shapes: ModuleShapes) -> None:
+    """Nothing happens where they are known: a digest has one set of them."""
+    insert_if_absent(session, BaseShapesRow, digest=digest, shapes={path: list(both) for path, both in shapes.items()})
+
+
+def shapes(session: Session, digest: str) -> ModuleShapes | None:
+    """None where whoever registered the base did not say."""
+    found = session.scalar(select(BaseShapesRow.shapes).where(BaseShapesRow.digest == digest))
+    return None if found is None else {path: (d_out, d_in) for path, (d_out, d_in) in found.items()}
 
 
 def create_adapter(

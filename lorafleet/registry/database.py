@@ -6,30 +6,46 @@
 read      ``BEGIN``: one snapshot (WAL)               ``REPEATABLE READ READ ONLY``: one snapshot
 write     ``BEGIN IMMEDIATE``: one writer at a time,  ``READ COMMITTED``; the row that a decision rests on is
           waited for up to 5 s                        locked before it is read (:func:`locked`)
+waits     for its turn only                           for a bounded time each (:mod:`lorafleet.registry.postgres`)
 ========  ==========================================  =======================================================
 
 Locks are taken in one order: tenant, federation, round, adapters by name, versions by number, windows of usage by
-length, revision. A write therefore never fails because of another one, and nothing here is retried behind the caller's
-back.
+length, revision; several claims, and several holds, by key. A write therefore never fails because of another one, and
+nothing here is retried behind the caller's back.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVarTuple
 
-from sqlalchemy import Connection, Engine, Select, create_engine, event, literal, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Delete,
+    Engine,
+    Select,
+    create_engine,
+    delete,
+    event,
+    inspect,
+    literal,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DataError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
-from lorafleet.errors import InvalidInputError, OverloadedError, UnavailableError
+from lorafleet.errors import BackendError, InvalidInputError, OverloadedError
+from lorafleet.registry import postgres
 from lorafleet.registry.tables import Base, RevisionRow
 
 BUSY_TIMEOUT_MS = 5000
@@ -66,14 +82,14 @@ def anchored_url(url: str, folder: Path) -> str:
     return parsed.set(database=str(folder / database)).render_as_string(hide_password=False)
 
 
-def make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
+def make_engine(url: URL, *, migrates: bool = False) -> Engine:
     """An engine whose transactions are the table above; connections to SQLite get their pragmas.
 
-    ``foreign_keys=False`` is for migrations: SQLite alters a table by building another one and renaming it, and a
-    pragma cannot change within a transaction.
+    With ``migrates`` foreign keys are not checked as it goes on: SQLite alters a table by building another one and
+    renaming it, and a pragma cannot change within a transaction. And PostgreSQL is waited for without an end.
     """
     if url.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
+        return postgres.make_engine(url, writes=_WRITE, migrates=migrates)
     assert url.database is not None
     try:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +98,7 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
             with suppress(FileExistsError):
                 Path(url.database).touch(mode=0o600, exist_ok=False)
     except OSError as error:
-        raise UnavailableError(
+        raise BackendError(
             f"the registry's database {url.database} cannot be made ({error}); choose another folder"
         ) from error
     engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
@@ -93,7 +109,7 @@ def make_engine(url: URL, *, foreign_keys: bool = True) -> Engine:
         connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA foreign_keys = {'ON' if foreign_keys else 'OFF'}")
+        connection.execute(f"PRAGMA foreign_keys = {'OFF' if migrates else 'ON'}")
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -124,12 +140,14 @@ def translated_errors() -> Iterator[None]:
     except PoolTimeoutError:
         raise OverloadedError("all of the registry's database connections are in use; call again later") from None
     except (OperationalError, InterfaceError) as error:
-        raise UnavailableError(
+        raise BackendError(
             f"the registry's database did not take the transaction ({error.orig}); nothing was changed unless the "
             "connection broke while committing; call again"
         ) from error
     except DataError as error:
         raise InvalidInputError(f"the registry's database cannot hold a value as given ({error.orig})") from error
+    except (UnicodeEncodeError, OverflowError) as error:  # before it was sent: half of a surrogate pair, 2**70
+        raise InvalidInputError(f"the registry's database cannot hold a value as given ({error})") from None
 
 
 class Database:
@@ -168,6 +186,15 @@ def locked(statement: Select[*Columns], of: type[Base]) -> Select[*Columns]:
     return statement.with_for_update(key_share=True, of=of).execution_options(populate_existing=True)
 
 
+def delete_in_order(of: type[Base], *which: ColumnElement[bool]) -> Delete:
+    """A deletion of rows that locks them in the order of their keys, and no others.
+
+    A plain one locks them in whatever order it finds them, so that two of them may wait for each other.
+    """
+    keys = inspect(of).primary_key
+    return delete(of).where(tuple_(*keys).in_(select(*keys).where(*which).order_by(*keys).with_for_update()))
+
+
 def insert_if_absent(session: Session, row: type[Base], **values: Any) -> bool:
     """Insert a row unless a unique constraint already has it; says whether it was inserted.
 
@@ -176,6 +203,16 @@ def insert_if_absent(session: Session, row: type[Base], **values: Any) -> bool:
     insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
     statement = insert(row).values(**values).on_conflict_do_nothing().returning(literal(1))
     return session.execute(statement).first() is not None
+
+
+def insert_or_update(session: Session, row: type[Base], keys: Sequence[dict[str, Any]], **values: Any) -> None:
+    """Rows of these primary keys with these values, whether they were there before or not; locked in the given order.
+
+    One statement: between two, somebody else may delete a row that was there.
+    """
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    statement = insert(row).values([key | values for key in keys])
+    session.execute(statement.on_conflict_do_update(index_elements=inspect(row).primary_key, set_=values))
 
 
 def bump_revision(session: Session) -> None:

@@ -1,4 +1,6 @@
-"""What members measured for a version. Functions of a session; :class:`Registry` owns the transaction."""
+"""What members, or the tenant itself, measured for a version. Functions of a session; :class:`Registry` owns the
+transaction.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,18 @@ from lorafleet.registry import versions
 from lorafleet.registry.records import Evaluation, Version
 from lorafleet.registry.tables import EvaluationRow
 
+OWNER = ""
+"""Who measured what the tenant itself measured: no member's key is empty."""
+MOST_TOKENS = 2**53
+"""Beyond any text, and exact in every database and in JSON."""
+
 
 def record(session: Session, version: Version, member: str, loss: float, tokens: int, now: float) -> None:
     """One evaluation a member and version; the same member's next one replaces it, so that it never counts twice."""
-    if not math.isfinite(loss) or tokens < 1:
+    if not math.isfinite(loss) or not 1 <= tokens <= MOST_TOKENS:
         raise InvalidInputError(
-            f"evaluation of {version.reference} by {member!r}: found a loss of {loss} over {tokens} tokens, expected a "
-            "finite loss over at least 1"
+            f"evaluation of {version.reference}{f' by {member!r}' if member else ''}: found a loss of {loss} over "
+            f"{tokens} tokens, expected a finite loss over at least 1"
         )
     found = versions.find(session, version)
     statement = select(EvaluationRow).where(EvaluationRow.version_id == found.id, EvaluationRow.member == member)
@@ -27,6 +34,16 @@ def record(session: Session, version: Version, member: str, loss: float, tokens:
         row = EvaluationRow(tenant_id=found.tenant_id, version_id=found.id, member=member)
         session.add(row)
     row.loss, row.tokens, row.created_at = loss, tokens, now
+
+
+def record_own(session: Session, version: Version, loss: float, tokens: int, now: float) -> None:
+    """What the tenant measured for a version that it imported."""
+    if versions.is_federations(session, version):
+        raise InvalidInputError(
+            f"{version.reference} was made by a federation, expected a version that was imported: the members measure "
+            "what their federation makes"
+        )
+    record(session, version, OWNER, loss, tokens, now)
 
 
 def of_version(session: Session, version: Version) -> list[Evaluation]:

@@ -78,6 +78,29 @@ def accept(session: Session, token: str, key: str, public_key: str, now: float) 
     return member
 
 
+def withdraw(session: Session, federation: Federation, code: str) -> Invitation:
+    """Forget an invitation, and give it as it was; its token is then one that is not known.
+
+    NotFoundError where the federation has none of that code, InvalidInputError where it was accepted.
+    """
+    statement = (
+        select(InvitationRow, TenantRow.name)
+        .join(TenantRow, TenantRow.id == InvitationRow.tenant_id)
+        .where(InvitationRow.federation_id == federation.id, InvitationRow.code == code)
+    )
+    found = session.execute(locked(statement, InvitationRow)).one_or_none() if _is_code(code) else None
+    if found is None:
+        raise not_found(f"the invitation {code!r} to {federation.reference}")
+    withdrawn = _invitation(*found)
+    if withdrawn.member is not None:
+        raise InvalidInputError(
+            f"the invitation {code} was accepted by {withdrawn.member!r}; revoke that member instead"
+        )
+    session.delete(found[0])
+    session.flush()
+    return withdrawn
+
+
 def of_federation(session: Session, federation: Federation) -> list[Invitation]:
     """In the order in which they were made."""
     statement = (
@@ -99,7 +122,7 @@ def _open(session: Session, token: str, *, lock: bool = True) -> tuple[Invitatio
         .join(TenantRow, TenantRow.id == InvitationRow.tenant_id)
         .where(InvitationRow.code == code)
     )
-    if prefix != PREFIX or not code.isalnum() or not code.isascii():
+    if prefix != PREFIX or not _is_code(code):
         raise refusal
     found = session.execute(locked(statement, InvitationRow) if lock else statement).one_or_none()
     if found is None:
@@ -108,6 +131,10 @@ def _open(session: Session, token: str, *, lock: bool = True) -> tuple[Invitatio
     if not hmac.compare_digest(_mac(row, secret), row.mac):
         raise refusal
     return row, tenant
+
+
+def _is_code(text: str) -> bool:
+    return text.isalnum() and text.isascii()
 
 
 def _mac(row: InvitationRow, secret: str) -> str:

@@ -44,10 +44,12 @@ def compare(candidate: Sequence[Evaluation], current: Sequence[Evaluation]) -> C
     """Medians over the members that measured both versions; where there is none, over those that measured each.
 
     A median, so that one member's losses, whatever they are, do not decide alone; over the same members where that is
-    possible, as their held-out texts differ.
+    possible, as their held-out texts differ. What the tenant itself measured is compared with its own measurement only:
+    its text need not be of the members' kind at all.
     """
     both = {e.member for e in candidate} & {e.member for e in current}
-    losses = [[e.loss for e in found if not both or e.member in both] for found in (candidate, current)]
+    everybody = {e.member for e in (*candidate, *current)} - {evaluations.OWNER}
+    losses = [[e.loss for e in found if e.member in (both or everybody)] for found in (candidate, current)]
     medians = [statistics.median(found) if found else None for found in losses]
     return Comparison(medians[0], medians[1], len(both))
 
@@ -82,7 +84,7 @@ def promote(session: Session, version: Version, alias: str, force: bool, now: fl
     )
 
 
-def retire(session: Session, version: Version) -> Version:
+def retire(session: Session, version: Version, now: float) -> Version:
     """InvalidInputError while an alias points at it."""
     adapter = _locked_adapter(session, version)
     named = _names(session, adapter, version)
@@ -90,24 +92,28 @@ def retire(session: Session, version: Version) -> Version:
         raise InvalidInputError(
             f"{version.reference} is what {', '.join(named)} points at; promote another version or roll back first"
         )
-    return versions.set_state(session, version, "retired")
+    return versions.set_state(session, version, "retired", now)
 
 
 def quarantine(session: Session, version: Version, now: float) -> Quarantined:
     """Where its aliases went; None for those that have nowhere to go, and answer nothing now."""
     adapter = _locked_adapter(session, version)
-    changed = versions.set_state(session, version, "quarantined")
+    changed = versions.set_state(session, version, "quarantined", now)
     moved = {alias: aliases.fall_back(session, adapter, alias, now) for alias in _names(session, adapter, version)}
     return Quarantined(changed, {alias: None if move is None else move.now for alias, move in moved.items()})
 
 
-def restore(session: Session, version: Version) -> Version:
-    """``evaluated`` where somebody measured it, else ``staged``; InvalidInputError for one that is in use."""
+def restore(session: Session, version: Version, now: float) -> Version:
+    """``evaluated`` where somebody measured it, else ``staged``.
+
+    InvalidInputError for one that is in use, NotFoundError for one that has lost its weights.
+    """
     _locked_adapter(session, version)
     row = versions.find(session, version)
     if row.state in versions.USABLE:
         raise InvalidInputError(f"{version.reference} is {row.state}, expected one that is retired or quarantined")
-    return versions.set_state(session, version, "evaluated" if evaluations.of_version(session, version) else "staged")
+    measured = bool(evaluations.of_version(session, version))
+    return versions.set_state(session, version, "evaluated" if measured else "staged", now)
 
 
 def _locked_adapter(session: Session, version: Version) -> Adapter:

@@ -56,12 +56,13 @@ def block(
     """As much of ``wanted`` as every limit leaves, given what is ``taken`` in each window.
 
     QuotaExceededError where that is less than ``least`` of either: with the seconds until every limit that is in the
-    way has a new window, or None where one is lower than ``least`` and no time helps.
+    way has a new window, or None where one is lower than ``least`` and no time helps. A block of nothing is never
+    refused: it is how use goes on record that no limit held back.
     """
     given = {"requests": wanted.requests, "tokens": wanted.tokens}
     in_the_way: list[Limit] = []
     for limit in limits(quota, now):
-        left = limit.most - getattr(taken.get(limit.window, Amount(0, 0)), limit.of)
+        left = max(0, limit.most - getattr(taken.get(limit.window, Amount(0, 0)), limit.of))
         given[limit.of] = min(given[limit.of], left)
         if left < getattr(least, limit.of):
             in_the_way.append(limit)

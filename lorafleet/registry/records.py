@@ -75,7 +75,10 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Version:
-    """An immutable numbered state of an adapter; only ``state`` ever changes, and a new record says so."""
+    """An immutable numbered state of an adapter; only ``state`` ever changes, and a new record says so.
+
+    ``purged_at`` is when a version that is out of use lost its weights for good; None while it has them.
+    """
 
     id: int
     tenant: str
@@ -89,11 +92,24 @@ class Version:
     created_at: float
     lineage: Lineage | None = None
     licence: str = ""
+    purged_at: float | None = None
 
     @property
     def reference(self) -> str:
         """``tenant/adapter:3``: names this version whatever the aliases do."""
         return f"{self.tenant}/{self.adapter}:{self.number}"
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What a garbage collection took away, or would have."""
+
+    purged: tuple[str, ...]
+    """References of versions that lost their weights for being out of use"""
+    deleted: tuple[str, ...]
+    """Digests of weights"""
+    size_bytes: int
+    """Of these"""
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,13 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
 def check_digest(what: str, digest: str) -> str:
     """The digest itself where it is well-formed; InvalidInputError otherwise."""
-    if not _DIGEST.fullmatch(digest):
+    if not is_digest(digest):
         raise InvalidInputError(f"{what}: found the digest {digest!r}, expected 'sha256:' and 64 lower-case hex digits")
     return digest
 

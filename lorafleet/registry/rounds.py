@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, cast
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
 from lorafleet.errors import AlreadyExistsError, InvalidInputError, RejectedUpdateError
@@ -34,7 +34,6 @@ from lorafleet.registry.tables import (
     RoundRow,
     TenantRow,
     UpdateRow,
-    VersionRow,
 )
 
 
@@ -192,35 +191,52 @@ def journal(session: Session, federation: Federation, *, uncounted_only: bool) -
     return [_update(row) for row in session.scalars(statement.order_by(UpdateRow.id))]
 
 
-def drop_factors(
-    session: Session, federation: Federation, through: int, uncounted: bool, keep: Collection[UpdateKey], now: float
+def droppable(
+    session: Session, federation: Federation, through: int, uncounted: bool, keep: Collection[UpdateKey]
 ) -> list[str]:
-    """Mark updates whose factors are no longer kept; gives the digests that nothing names any more.
+    """The digests of updates whose factors are no longer kept.
 
     Those that counted in a round up to ``through``, and what came in such a round and never counts: what was rejected,
     and with ``uncounted`` what was accepted.
     """
+    kept = set(keep)
+    rows = session.scalars(_droppable(federation, through, uncounted))
+    return sorted({row.digest for row in rows if _key(row) not in kept})
+
+
+def drop_factors(
+    session: Session,
+    federation: Federation,
+    through: int,
+    uncounted: bool,
+    keep: Collection[UpdateKey],
+    digests: Collection[str],
+    now: float,
+) -> None:
+    """Mark those of them that have one of some digests as without factors."""
+    kept = set(keep)
+    statement = _droppable(federation, through, uncounted).where(UpdateRow.digest.in_(digests))
+    for row in session.scalars(locked(statement, UpdateRow)):
+        if _key(row) not in kept:
+            row.dropped_at = now
+    session.flush()
+
+
+def _droppable(federation: Federation, through: int, uncounted: bool) -> Select[UpdateRow]:
     never = UpdateRow.counted_in.is_(None) & (RoundRow.number <= through)
     if not uncounted:
         never &= ~UpdateRow.accepted
-    statement = (
+    return (
         select(UpdateRow)
         .join(RoundRow, RoundRow.id == UpdateRow.round_id)
         .where(UpdateRow.federation_id == federation.id, UpdateRow.digest != "", UpdateRow.dropped_at.is_(None))
         .where((UpdateRow.counted_in <= through) | never)
+        .order_by(UpdateRow.id)
     )
-    kept = set(keep)
-    dropped = set()
-    for row in session.scalars(locked(statement, UpdateRow)):
-        if UpdateKey(row.member_key, row.ordered_in, row.attempt) not in kept:
-            row.dropped_at = now
-            dropped.add(row.digest)
-    session.flush()
-    named = set(session.scalars(select(VersionRow.digest).where(VersionRow.digest.in_(dropped))))
-    named |= set(
-        session.scalars(select(UpdateRow.digest).where(UpdateRow.digest.in_(dropped), UpdateRow.dropped_at.is_(None)))
-    )
-    return sorted(dropped - named)
+
+
+def _key(row: UpdateRow) -> UpdateKey:
+    return UpdateKey(row.member_key, row.ordered_in, row.attempt)
 
 
 def last_words(session: Session, federation: Federation) -> list[UpdateRecord]:
@@ -295,7 +311,8 @@ def commit(
     for expert in experts:
         adapter = targets[expert.name]
         lineage = Lineage(federation.name, row.number, expert.rule, tuple(expert.parents))
-        version = versions.add(session, adapter, expert.weights, now=now, lineage=lineage, round_id=row.id)
+        contents = versions.contents(expert.weights)
+        version = versions.add(session, adapter, contents, now=now, lineage=lineage, round_id=row.id)
         aliases.move(session, adapter, CHAMPION, version.number, now)
         made.append(version)
     row.state, row.closed_at, row.noise_seed = "committed", now, None

@@ -35,7 +35,7 @@ def migrations_config(connection: Connection | None = None) -> Config:
 @contextmanager
 def _exclusive(url: URL) -> Iterator[Connection]:
     """A writing transaction that no other migration of this database runs beside."""
-    engine = make_engine(url, foreign_keys=False)
+    engine = make_engine(url, migrates=True)
     try:
         with translated_errors(), for_writing(engine).begin() as connection:
             if engine.dialect.name == "postgresql":

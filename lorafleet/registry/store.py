@@ -1,32 +1,39 @@
 """The registry: every version of every adapter, where it came from, who may use it, what points at it.
 
-Each method is one transaction. Weights go to the blob store before the transaction that names them: a crash in between
-leaves a blob that nobody names, never a version without weights. They are deleted by one method alone, which excludes
-the others while it looks at what is named (:mod:`lorafleet.registry.blobs`).
+Each method is one transaction. Weights go to the blob store before the transaction that names them, under a claim that
+another one wrote before (:mod:`lorafleet.registry.claims`): a crash in between leaves weights that nobody names, never
+a version without weights, until :meth:`Registry.collect_garbage` takes them away.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from lorafleet.adapters import LoraAdapter, LoraPair
-from lorafleet.errors import NotFoundError
+from lorafleet.adapters.base_shapes import ModuleShapes, check_fits, check_module_fits
+from lorafleet.adapters.streaming import AdapterReader, Contents
+from lorafleet.errors import LorafleetError, NotFoundError, UnavailableError
 from lorafleet.registry import (
     aliases,
     audit,
     cards,
     catalog,
+    claims,
     credentials,
     evaluations,
     federations,
+    garbage,
     grants,
+    holds,
     invitations,
     leases,
     pepper,
@@ -47,6 +54,7 @@ from lorafleet.registry.records import (
     Evaluation,
     Federation,
     FederationState,
+    Garbage,
     Grant,
     Invitation,
     Invited,
@@ -71,9 +79,12 @@ from lorafleet.registry.records import (
 from lorafleet.registry.references import not_found, parse_reference
 from lorafleet.registry.tables import RevisionRow
 
+T = TypeVar("T")
+
 
 class Registry:
-    """One database and one blob folder; safe to share among threads, and among processes that open the same two.
+    """One database and one place of weights; safe to share among threads, and among processes that open the same two,
+    on one machine or several.
 
     Names follow ``[A-Za-z0-9][A-Za-z0-9._-]{0,99}``. What is missing and what is another tenant's raise the same
     NotFoundError. A database that does not answer raises UnavailableError, and the call can be repeated.
@@ -85,7 +96,10 @@ class Registry:
 
     @classmethod
     def open(cls, url: str, blobs: str | Path, *, clock: Callable[[], float] = time.time) -> Registry:
-        """Connect to ``sqlite:///FILE`` (created where missing) or ``postgresql://…``, migrated to this version."""
+        """Connect to ``sqlite:///FILE`` (created where missing) or ``postgresql://…``, migrated to this version.
+
+        ``blobs`` is a folder, or ``s3://BUCKET/PREFIX`` (:mod:`lorafleet.registry.object_files`).
+        """
         store = BlobStore(blobs)
         schema.upgrade(url)
         return cls(Database(parse_url(url)), store, clock)
@@ -111,6 +125,15 @@ class Registry:
             self._note(session, name, "tenant.create", name, by, weight=weight)
             return made
 
+    def set_tenant_weight(self, name: str, weight: float, *, by: str = "") -> Tenant:
+        """Another fair share for a tenant; running services follow within a second."""
+        with self._database.write() as session:
+            before = catalog.tenant(session, name).weight
+            changed = catalog.set_weight(session, name, weight)
+            self._note(session, name, "tenant.weight", name, by, weight=weight, before=before)
+            bump_revision(session)
+            return changed
+
     def tenant(self, name: str) -> Tenant:
         with self._database.read() as session:
             return catalog.tenant(session, name)
@@ -120,11 +143,26 @@ class Registry:
         with self._database.read() as session:
             return catalog.tenants(session)
 
-    def register_base(self, name: str, digest: str, *, architecture: str, parameters: int, licence: str = "") -> Base:
+    def register_base(
+        self,
+        name: str,
+        digest: str,
+        *,
+        architecture: str,
+        parameters: int,
+        licence: str = "",
+        shapes: ModuleShapes | None = None,
+    ) -> Base:
         """Name a base. Idempotent, but for a licence where there was none; AlreadyExistsError where the name stands for
-        another digest."""
+        another digest.
+
+        Adapters are checked against ``shapes`` when they are added; without, when an engine loads them.
+        """
         with self._database.write() as session:
-            return catalog.register_base(session, name, digest, architecture, parameters, licence, self._clock())
+            made = catalog.register_base(session, name, digest, architecture, parameters, licence, self._clock())
+            if shapes is not None:
+                catalog.put_shapes(session, digest, shapes)
+            return made
 
     def base(self, name_or_digest: str) -> Base:
         with self._database.read() as session:
@@ -171,24 +209,129 @@ class Registry:
         """
         versions.check_state(state)
         card = cards.check(card)
-        target = self.adapter(tenant, adapter)
+        target, shapes = self._target(tenant, adapter, None)
         versions.check_weights(weights, base_digest=target.base_digest, what=f"adapter {tenant}/{adapter}")
-        with self._blobs.naming():
-            self._blobs.put(weights)
-            with self._database.write() as session:
-                version = versions.add(
-                    session, target, weights, now=self._clock(), state=state, licence=licence, lineage=lineage
-                )
-                if card:
-                    cards.put(session, version, card)
-                self._note(session, tenant, "version.add", version.reference, by, digest=version.digest, state=state)
-                bump_revision(session)
-                return version
+        if shapes is not None:
+            check_fits(weights, shapes)
+        with self._storing([weights.digest]) as claim:
+            self._blobs.put(weights, alone=self._alone)
+            contents = versions.contents(weights)
+            return self._add_version(claim, target, contents, lineage, licence, card, state, by)
 
-    def versions(self, tenant: str, adapter: str) -> list[Version]:
-        """All of an adapter's, in any state, by number."""
+    def import_version(
+        self,
+        tenant: str,
+        adapter: str,
+        folder: Path,
+        *,
+        base: str | None = None,
+        lineage: Lineage | None = None,
+        licence: str = "",
+        card: str = "",
+        state: VersionState = "staged",
+        by: str = "",
+    ) -> Version:
+        """:meth:`add_version` of a folder in PEFT format, in memory for a few modules, however large it is.
+
+        With ``base`` (name or digest) an adapter that is not there yet is made on it, together with the version.
+
+        What is stored are the very values that were checked, whatever becomes of the folder meanwhile. NotFoundError
+        where it is no adapter, AdapterFormatError where it is damaged or not supported; and what add_version raises.
+        """
+        versions.check_state(state)
+        card = cards.check(card)
+        target, shapes = self._target(tenant, adapter, base)
+        what = f"adapter {tenant}/{adapter}"
+        effects: list[float] = []
+
+        def check_headers(reader: AdapterReader) -> None:
+            versions.check_base(reader.base, target.base_digest, what)
+            if shapes is not None:
+                for path, shape in reader.shapes.items():
+                    check_module_fits(path, shape.d_out, shape.d_in, shapes)
+
+        def check_module(path: str, pair: LoraPair) -> None:
+            effects.append(versions.effect(path, pair, what))
+
+        with self._blobs.receive(Path(folder), headers=check_headers, check=check_module) as received:
+            versions.check_effect(effects, what)
+            with self._storing([received.contents.digest]) as claim:
+                self._blobs.adopt(received, alone=self._alone)
+                return self._add_version(claim, target, received.contents, lineage, licence, card, state, by)
+
+    def _target(self, tenant: str, adapter: str, base: str | None) -> tuple[Adapter, ModuleShapes | None]:
+        """An adapter, or what it will be on this base (its id is 0), and the base's shapes where they are known."""
         with self._database.read() as session:
-            return versions.of_adapter(session, catalog.adapter(session, tenant, adapter))
+            try:
+                found = catalog.adapter(session, tenant, adapter)
+            except NotFoundError:
+                if base is None:
+                    raise
+                on = catalog.base(session, base)
+                found = Adapter(0, catalog.tenant(session, tenant).name, adapter, on.name, on.digest, None, 0.0)
+            return found, catalog.shapes(session, found.base_digest)
+
+    def _add_version(
+        self,
+        claim: claims.Claim,
+        target: Adapter,
+        contents: Contents,
+        lineage: Lineage | None,
+        licence: str,
+        card: str,
+        state: VersionState,
+        by: str,
+    ) -> Version:
+        """The transaction that names weights which are stored."""
+        with self._database.write() as session:
+            claims.settle(session, claim)
+            if not target.id:
+                usage.check_adapters(session, target.tenant)
+                target = catalog.create_adapter(session, target.tenant, target.name, target.base_digest, self._clock())
+                name = f"{target.tenant}/{target.name}"
+                self._note(session, target.tenant, "adapter.create", name, by, base=target.base)
+            version = versions.add(
+                session, target, contents, now=self._clock(), state=state, licence=licence, lineage=lineage
+            )
+            if card:
+                cards.put(session, version, card)
+            self._note(session, target.tenant, "version.add", version.reference, by, digest=version.digest, state=state)
+            bump_revision(session)
+            return version
+
+    @contextmanager
+    def _storing(self, digests: Collection[str]) -> Iterator[claims.Claim]:
+        """Nobody deletes weights of these digests inside; whose transaction names them has to settle the claim."""
+        if not digests:
+            yield claims.NOTHING
+            return
+        with self._database.write() as session:
+            claim = claims.take(session, digests, self._clock())
+        try:
+            yield claim
+        except BaseException:
+            # Otherwise it would end by itself.
+            with suppress(LorafleetError), self._database.write() as session:
+                claims.release(session, claim)
+            raise
+
+    @contextmanager
+    def _alone(self, digests: Collection[str]) -> Iterator[None]:
+        """Nobody else deletes weights of these digests inside, nor begins to store them; outside of transactions."""
+        with self._database.write() as session:
+            claims.begin_deleting(session, digests, self._clock())
+            yield
+
+    def versions(self, tenant: str, adapter: str, *, after: int = 0, limit: int | None = None) -> list[Version]:
+        """All of an adapter's, in any state, by number; or those above ``after``, at most ``limit``."""
+        with self._database.read() as session:
+            found = catalog.adapter(session, tenant, adapter)
+            return versions.of_adapter(session, found, after=after, limit=limit)
+
+    def newest_number(self, tenant: str, adapter: str) -> int:
+        """Of an adapter's versions, in any state; 0 where it has none."""
+        with self._database.read() as session:
+            return versions.newest_number(session, catalog.adapter(session, tenant, adapter))
 
     def version(self, tenant: str, adapter: str, number: int) -> Version:
         """One of an adapter's versions, in whatever state; :meth:`resolve` gives none that is quarantined."""
@@ -200,10 +343,15 @@ class Registry:
         with self._database.read() as session:
             return cards.of_version(session, version)
 
+    def cards(self, versions: Sequence[Version]) -> list[str]:
+        """The READMEs of several versions, in their order; empty for one that came without."""
+        with self._database.read() as session:
+            return cards.of_versions(session, versions)
+
     def set_state(self, version: Version, state: VersionState, *, by: str = "") -> Version:
         """Whatever points at it: :meth:`retire`, :meth:`quarantine` and :meth:`restore` look after aliases."""
         with self._database.write() as session:
-            changed = versions.set_state(session, version, state)
+            changed = versions.set_state(session, version, state, self._clock())
             self._note(session, version.tenant, "version.state", version.reference, by, state=state)
             bump_revision(session)
             return changed
@@ -250,7 +398,7 @@ class Registry:
     def retire(self, version: Version, *, by: str = "") -> Version:
         """From now on it answers only to its number. InvalidInputError while an alias points at it."""
         with self._database.write() as session:
-            changed = promotions.retire(session, version)
+            changed = promotions.retire(session, version, self._clock())
             self._note(session, version.tenant, "version.retire", version.reference, by)
             bump_revision(session)
             return changed
@@ -267,9 +415,12 @@ class Registry:
             return done
 
     def restore(self, version: Version, *, by: str = "") -> Version:
-        """Make a retired or quarantined version usable again: evaluated where somebody measured it, else staged."""
+        """Make a retired or quarantined version usable again: evaluated where somebody measured it, else staged.
+
+        NotFoundError where it has lost its weights.
+        """
         with self._database.write() as session:
-            changed = promotions.restore(session, version)
+            changed = promotions.restore(session, version, self._clock())
             self._note(session, version.tenant, "version.restore", version.reference, by, state=changed.state)
             bump_revision(session)
             return changed
@@ -280,18 +431,48 @@ class Registry:
             return versions.resolve(session, parse_reference(reference))
 
     def load(self, version: Version) -> LoraAdapter:
-        """A version's weights, verified against its digest, with the base's digest as their ``base``."""
-        weights = self._blobs.read(version.digest)
+        """A version's weights, verified against its digest, with the base's digest as their ``base``.
+
+        NotFoundError where they were deleted, as it had been out of use for long.
+        """
+        with self._explaining_absence(version):
+            weights = self._blobs.read(version.digest)
         return LoraAdapter(weights.modules, version.base_digest, gates=weights.gates)
 
+    @contextmanager
+    def _explaining_absence(self, version: Version) -> Iterator[None]:
+        """NotFoundError where what cannot be read was deleted for being out of use."""
+        if version.purged_at is not None:
+            raise versions.purged(version)
+        try:
+            yield
+        except UnavailableError:
+            with self._database.read() as session:
+                if versions.find(session, version, lock=False).purged_at is not None:
+                    raise versions.purged(version) from None
+            raise
+
     def load_digest(self, digest: str) -> LoraAdapter:
-        """The weights of a digest that the journal or a lineage names, verified; NotFoundError where they are gone."""
+        """The weights of a digest that the journal or a lineage names, verified; UnavailableError where they went."""
         return self._blobs.read(digest)
 
     def path(self, version: Version) -> Path:
-        """The folder of a version's weights in PEFT format, verified; not to be changed, as others may share it."""
-        self._blobs.read(version.digest)
+        """The folder of a version's weights in PEFT format, verified; not to be changed, as others may share it.
+
+        Of weights in an object store it is a copy, which goes when others that are read need its place; :meth:`folder`
+        keeps it.
+        """
+        with self._explaining_absence(version):
+            self._blobs.verify(version.digest)
         return self._blobs.path(version.digest)
+
+    @contextmanager
+    def folder(self, version: Version) -> Iterator[Path]:
+        """:meth:`path`, of what stays until the block's end."""
+        with ExitStack() as stack:
+            with self._explaining_absence(version):
+                path = stack.enter_context(self._blobs.held(version.digest))
+            yield path
 
     def live(self, tenant: str) -> list[Version]:
         """What a tenant may use: for each adapter of its own, of a federation that it is a member of, and that it was
@@ -393,7 +574,7 @@ class Registry:
     def _secret(self) -> bytes:
         """The pepper, read once."""
         if self._pepper is None:
-            self._pepper = pepper.read_or_make(self._blobs.folder)
+            self._pepper = pepper.read_or_make(self._blobs)
         return self._pepper
 
     # Quotas
@@ -519,6 +700,17 @@ class Registry:
             bump_revision(session)
             return member
 
+    def withdraw_invitation(self, federation: Federation, code: str, *, by: str = "") -> Invitation:
+        """Take an invitation back, which it gives; its token opens nothing from now on, and the audit keeps its code.
+
+        NotFoundError where the federation has none of that code, InvalidInputError where somebody has accepted it.
+        """
+        with self._database.write() as session:
+            withdrawn = invitations.withdraw(session, federation, code)
+            details = {"federation": federation.reference, "invited": withdrawn.tenant}
+            self._note(session, federation.tenant, "invitation.withdraw", code, by, **details)
+            return withdrawn
+
     def invitations(self, federation: Federation) -> list[Invitation]:
         """In the order in which they were made, the accepted and expired ones too."""
         with self._database.read() as session:
@@ -565,10 +757,11 @@ class Registry:
         round takes no more, and ``revoked`` for an accepted one of a member that is revoked.
         """
         rounds.check_update(update)
-        with self._blobs.naming():
+        with self._storing([] if update.factors is None else [update.digest]) as claim:
             if update.factors is not None:
-                self._blobs.put(update.factors)
+                self._blobs.put(update.factors, alone=self._alone)
             with self._database.write() as session:
+                claims.settle(session, claim)
                 leases.check(session, round.federation_id, token)
                 return rounds.record_update(session, round, update, self._clock())
 
@@ -630,10 +823,11 @@ class Registry:
         with self._database.read() as session:
             federation = rounds.federation_of(session, round)
         rounds.check_experts(federation, experts)
-        with self._blobs.naming():
+        with self._storing({expert.weights.digest for expert in experts}) as claim:
             for expert in experts:
-                self._blobs.put(expert.weights)
+                self._blobs.put(expert.weights, alone=self._alone)
             with self._database.write() as session:
+                claims.settle(session, claim)
                 leases.check(session, round.federation_id, token)
                 made, committed = rounds.commit(session, round, experts, report, counted, self._clock())
                 if committed:
@@ -648,24 +842,24 @@ class Registry:
         uncounted: bool = False,
         keep: Collection[UpdateKey] = (),
         token: int | None = None,
-    ) -> bool:
+    ) -> None:
         """Delete the factors of updates that counted in a round up to ``through``, or were rejected in one.
 
         With ``uncounted`` also those that were accepted in one, and did not count. The journal keeps all else, and
-        ``keep`` is left as it is. Weights that a version or another update names stay. False where somebody is storing
-        weights at the moment: nothing was done, and another call may do it.
+        ``keep`` is left as it is. Weights that a version or another update names, or somebody is storing, stay.
 
         Weights go before the transaction ends: a crash in between leaves rows without weights, and the next call marks
         them.
         """
-        with self._blobs.alone() as alone:
-            if not alone:
-                return False
+        with self._database.read() as session:
+            digests = rounds.droppable(session, federation, through, uncounted, keep)
+        for some in _chunks(digests, claims.AT_ONCE) or [[]]:
             with self._database.write() as session:
+                now = self._clock()
+                claims.begin_deleting(session, some, now)
                 leases.check(session, federation.id, token)
-                for digest in rounds.drop_factors(session, federation, through, uncounted, keep, self._clock()):
-                    self._blobs.delete(digest)
-            return True
+                rounds.drop_factors(session, federation, through, uncounted, keep, some, now)
+                self._blobs.delete(claims.unreferenced(session, some, now))
 
     def noise_seed(self, round: Round, fresh: bytes, *, token: int | None = None) -> bytes:
         """The secret seed of an open round's noise: ``fresh`` where there was none, and from then on always that one.
@@ -682,6 +876,83 @@ class Registry:
             leases.check(session, round.federation_id, token)
             rounds.abandon(session, round, reason, self._clock())
 
+    # Weights that nobody needs, and those that engines do
+
+    def hold(self, service: str, digests: Collection[str], *, for_s: float) -> None:
+        """Say that a running engine has these, beside what it said before, so that their weights stay until then.
+
+        A hold ends ``for_s`` from now by the registry's clock; the same call renews it.
+        """
+        for some in _chunks(sorted(digests), 500):
+            with self._database.write() as session:
+                holds.put(session, service, some, self._clock() + for_s)
+
+    def release(self, service: str, *, keep: Collection[str] = ()) -> None:
+        """The engine of a service has nothing any more but ``keep``."""
+        with self._database.write() as session:
+            holds.remove(session, service, keep=keep)
+
+    def collect_garbage(
+        self,
+        *,
+        older_than_s: float,
+        retired_older_than_s: float | None = None,
+        dry_run: bool = False,
+        by: str = "",
+    ) -> Garbage:
+        """Delete weights that nothing names: of calls that died, and of updates that were dropped.
+
+        With ``retired_older_than_s`` also those of versions that have been retired or quarantined for so long, unless
+        an alias points at one, a running engine holds it, or an update that may still count was trained on it. Such a
+        version stays on record, and cannot be used again.
+
+        Weights that were stored less than ``older_than_s`` ago stay; 0 spares none. ``dry_run`` changes nothing. May
+        run at any time, any number of times at once, and be killed anywhere: what is left, the next call finds.
+        """
+        now = self._clock()
+        purged: list[Version] = []
+        if retired_older_than_s is not None:
+            before = now - retired_older_than_s
+            with self._database.read() as session:
+                purged = garbage.purgeable(session, before, now)
+            if not dry_run:
+                purged = [version for version in purged if self._purge(version, before, by)]
+        deleted: list[str] = []
+        size_bytes = 0
+        old = (blob for blob in self._blobs.stored() if not older_than_s or blob.modified_at <= now - older_than_s)
+        while some := {blob.digest: blob.size for blob in islice(old, claims.AT_ONCE)}:
+            gone = self._delete_unreferenced(sorted(some), purged, dry_run=dry_run)
+            deleted += gone
+            size_bytes += sum(some[digest] for digest in gone)
+        if not dry_run:
+            with self._database.write() as session:
+                now = self._clock()
+                claims.forget_expired(session, now)
+                holds.forget_expired(session, now)
+        return Garbage(tuple(version.reference for version in purged), tuple(deleted), size_bytes)
+
+    def _purge(self, version: Version, before: float, by: str) -> bool:
+        with self._database.write() as session:
+            done = garbage.purge(session, version, before, self._clock())
+            if done:
+                self._note(session, version.tenant, "version.purge", version.reference, by, digest=version.digest)
+                bump_revision(session)
+            return done
+
+    def _delete_unreferenced(self, digests: list[str], purged: Sequence[Version], *, dry_run: bool) -> list[str]:
+        """Those that nothing names, deleted by now unless it is a dry run: then ``purged`` count as purged already."""
+        with self._database.read() as session:
+            ids = [version.id for version in purged if version.digest in digests] if dry_run else []
+            found = claims.unreferenced(session, digests, self._clock(), without_versions=ids)
+        if dry_run or not found:
+            return found
+        with self._database.write() as session:
+            now = self._clock()
+            claims.begin_deleting(session, found, now)
+            gone = claims.unreferenced(session, found, now)
+            self._blobs.delete(gone)
+        return gone
+
     # Evaluations
 
     def record_evaluation(
@@ -693,7 +964,20 @@ class Registry:
                 leases.check(session, versions.made_by(session, version), token)
             evaluations.record(session, version, member, loss, tokens, self._clock())
 
+    def evaluate(self, version: Version, *, loss: float, tokens: int, by: str = "") -> None:
+        """What the tenant itself measured for a version that it imported; its next measurement replaces it.
+
+        InvalidInputError for a version that a federation made: that is for its members to measure.
+        """
+        with self._database.write() as session:
+            evaluations.record_own(session, version, loss, tokens, self._clock())
+            self._note(session, version.tenant, "version.evaluate", version.reference, by, loss=loss, tokens=tokens)
+
     def evaluations(self, version: Version) -> list[Evaluation]:
-        """By member."""
+        """By member; the tenant's own, whose member is empty, comes first."""
         with self._database.read() as session:
             return evaluations.of_version(session, version)
+
+
+def _chunks(values: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]

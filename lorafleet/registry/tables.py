@@ -76,6 +76,15 @@ class BaseRow(Base):
     created_at: Mapped[Seconds]
 
 
+class BaseShapesRow(Base):
+    """A base's linear layers: path → [d_out, d_in]. Apart from the bases, which are read with every adapter."""
+
+    __tablename__ = "base_shapes"
+
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    shapes: Mapped[Document]
+
+
 class FederationRow(Base):
     """``state_at``, ``state_by`` and ``state_reason`` say when, by whom and why it was put into its state."""
 
@@ -160,7 +169,10 @@ class RoundRow(Base):
 
 
 class VersionRow(Base):
-    """``round_id`` is set by a round's commit only; ``lineage`` is what the record says, also of imported versions."""
+    """``round_id`` is set by a round's commit only; ``lineage`` is what the record says, also of imported versions.
+
+    ``state_at`` says since when it is in its state, ``purged_at`` when it lost its weights for being out of use.
+    """
 
     __tablename__ = "versions"
     __table_args__ = (
@@ -170,7 +182,9 @@ class VersionRow(Base):
         ForeignKeyConstraint(["round_id", "tenant_id"], ["rounds.id", "rounds.tenant_id"]),
         CheckConstraint("number >= 1", name="number"),
         CheckConstraint("state IN ('staged', 'evaluated', 'quarantined', 'retired')", name="state"),
+        CheckConstraint("purged_at IS NULL OR state IN ('quarantined', 'retired')", name="purged"),
         Index(None, "round_id"),
+        Index(None, "digest"),
     )
 
     id: Mapped[Id]
@@ -187,6 +201,8 @@ class VersionRow(Base):
     )
     round_id: Mapped[int | None] = mapped_column(WideInteger)
     created_at: Mapped[Seconds]
+    state_at: Mapped[Seconds]
+    purged_at: Mapped[float | None] = mapped_column(Double)
 
 
 class AliasRow(Base):
@@ -316,6 +332,7 @@ class UpdateRow(Base):
         ForeignKeyConstraint(["round_id", "federation_id"], ["rounds.id", "rounds.federation_id"]),
         ForeignKeyConstraint(["federation_id", "member_key"], ["members.federation_id", "members.key"]),
         Index(None, "round_id"),
+        Index(None, "digest"),
     )
 
     id: Mapped[Id]
@@ -356,6 +373,28 @@ class EvaluationRow(Base):
     loss: Mapped[Seconds]
     tokens: Mapped[Wide]
     created_at: Mapped[Seconds]
+
+
+class BlobClaimRow(Base):
+    """Weights that somebody is storing, and will name; ``token`` is of one call, which may store several."""
+
+    __tablename__ = "blob_claims"
+    __table_args__ = (Index(None, "digest"),)
+
+    token: Mapped[str] = mapped_column(String(32), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    expires_at: Mapped[Seconds]
+
+
+class EngineHoldRow(Base):
+    """Weights that a running service has loaded, or is about to."""
+
+    __tablename__ = "engine_holds"
+    __table_args__ = (Index(None, "digest"),)
+
+    service: Mapped[str] = mapped_column(String(100), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    expires_at: Mapped[Seconds]
 
 
 class KeyRow(Base):

@@ -5,7 +5,7 @@ reference      gives
 =============  =========================================================================
 ``t/a``        the champion, while it is usable; else the newest usable version
 ``t/a@x``      what the alias names, unless it is quarantined
-``t/a:n``      version n, unless it is quarantined
+``t/a:n``      version n, unless it is quarantined, or purged
 =============  =========================================================================
 
 Usable are staged and evaluated versions. A retired one answers only to who asks for it by alias or number.
@@ -13,6 +13,8 @@ Usable are staged and evaluated versions. A retired one answers only to who asks
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 from sqlalchemy import ColumnElement, Select, and_, func, or_, select
@@ -20,7 +22,8 @@ from sqlalchemy.orm import Session, aliased
 
 from lorafleet.adapters import LoraAdapter, factor_space
 from lorafleet.adapters.factor_space import LoraPair
-from lorafleet.errors import BaseMismatchError, InvalidInputError
+from lorafleet.adapters.streaming import Contents
+from lorafleet.errors import BaseMismatchError, InvalidInputError, NotFoundError
 from lorafleet.registry import grants
 from lorafleet.registry.database import locked
 from lorafleet.registry.records import CHAMPION, Adapter, Lineage, Version, VersionState
@@ -36,27 +39,42 @@ def check_weights(weights: LoraAdapter, *, base_digest: str, what: str) -> None:
     Factors are finite by construction of a LoraAdapter; here the effect ``‖B A‖`` of every module has to be, and that
     of one above zero. Weights that name a base by another digest raise BaseMismatchError.
     """
-    if weights.base.startswith("sha256:") and weights.base != base_digest:
-        raise BaseMismatchError(f"{what}: the weights are for the base {weights.base}, expected {base_digest}")
-    norms = {
-        path: float(factor_space.norm(LoraPair(a.double(), b.double()))) for path, (a, b) in weights.modules.items()
-    }
+    check_base(weights.base, base_digest, what)
+    check_effect([effect(path, pair, what) for path, pair in weights.modules.items()], what)
+
+
+def check_base(named: str, base_digest: str, what: str) -> None:
+    """BaseMismatchError where weights name a base by another digest; any other name says nothing."""
+    if named.startswith("sha256:") and named != base_digest:
+        raise BaseMismatchError(f"{what}: the weights are for the base {named}, expected {base_digest}")
+
+
+def effect(path: str, pair: LoraPair, what: str) -> float:
+    """``‖B A‖`` of one module; InvalidInputError where it is too large to be anything but damage."""
+    norm = float(factor_space.norm(LoraPair(pair.a.double(), pair.b.double())))
     # Beyond float32's range the product that a model adds would be infinite.
-    damaged = [path for path, norm in norms.items() if not norm < 3.4e38]
-    if damaged:
+    if not norm < 3.4e38:
+        raise InvalidInputError(f"{what}: the update of {path} is beyond float32's range; the weights are damaged")
+    return norm
+
+
+def check_effect(effects: Sequence[float], what: str) -> None:
+    """Refuse modules of which none changes anything."""
+    if not any(effects):
         raise InvalidInputError(
-            f"{what}: the update of {damaged[0]} is beyond float32's range; the weights are damaged"
+            f"{what}: B A is zero in all {len(effects)} modules, so the adapter would change nothing; train it first"
         )
-    if not any(norms.values()):
-        raise InvalidInputError(
-            f"{what}: B A is zero in all {len(norms)} modules, so the adapter would change nothing; train it first"
-        )
+
+
+def contents(weights: LoraAdapter) -> Contents:
+    """What a version's row says of its weights."""
+    return Contents(weights.digest, weights.rank, weights.parameters, weights.base)
 
 
 def add(
     session: Session,
     adapter: Adapter,
-    weights: LoraAdapter,
+    weights: Contents,
     *,
     now: float,
     state: VersionState = "staged",
@@ -68,11 +86,10 @@ def add(
     tenant_id = session.scalars(
         locked(select(AdapterRow.tenant_id).where(AdapterRow.id == adapter.id), AdapterRow)
     ).one()
-    newest = session.scalar(select(func.max(VersionRow.number)).where(VersionRow.adapter_id == adapter.id))
     row = VersionRow(
         tenant_id=tenant_id,
         adapter_id=adapter.id,
-        number=(newest or 0) + 1,
+        number=newest_number(session, adapter) + 1,
         digest=weights.digest,
         rank=weights.rank,
         parameters=weights.parameters,
@@ -81,14 +98,22 @@ def add(
         lineage=None if lineage is None else _lineage_document(lineage),
         round_id=round_id,
         created_at=now,
+        state_at=now,
     )
     session.add(row)
     session.flush()
     return _version(row, adapter.tenant, adapter.name, adapter.base_digest)
 
 
-def of_adapter(session: Session, adapter: Adapter) -> list[Version]:
-    return _all(session, _versions().where(VersionRow.adapter_id == adapter.id).order_by(VersionRow.number))
+def of_adapter(session: Session, adapter: Adapter, *, after: int = 0, limit: int | None = None) -> list[Version]:
+    """By number: those above ``after``, at most ``limit``."""
+    found = _versions().where(VersionRow.adapter_id == adapter.id, VersionRow.number > after)
+    return _all(session, found.order_by(VersionRow.number).limit(limit))
+
+
+def newest_number(session: Session, adapter: Adapter) -> int:
+    """Of an adapter's versions, in whatever state; 0 where there is none."""
+    return session.scalar(select(func.max(VersionRow.number)).where(VersionRow.adapter_id == adapter.id)) or 0
 
 
 def numbered(session: Session, adapter: Adapter, number: int) -> Version:
@@ -104,11 +129,26 @@ def of_round(session: Session, round_id: int) -> list[Version]:
     return _all(session, _versions().where(VersionRow.round_id == round_id).order_by(VersionRow.id))
 
 
-def set_state(session: Session, version: Version, state: VersionState) -> Version:
+def of_ids(session: Session, ids: Select[int]) -> list[Version]:
+    return _all(session, _versions().where(VersionRow.id.in_(ids)))
+
+
+def set_state(session: Session, version: Version, state: VersionState, now: float) -> Version:
+    """NotFoundError where it is to be used again, and has lost its weights."""
     row = find(session, version)
-    row.state = check_state(state)
+    if check_state(state) in USABLE and row.purged_at is not None:
+        raise purged(version)
+    if row.state != state:
+        row.state, row.state_at = state, now
     session.flush()
     return _version(row, version.tenant, version.adapter, version.base_digest)
+
+
+def purged(version: Version) -> NotFoundError:
+    return NotFoundError(
+        f"the weights of {version.reference} were deleted after it had been out of use for long; what is left of it "
+        "says what it was"
+    )
 
 
 def find(session: Session, version: Version, *, lock: bool = True) -> VersionRow:
@@ -126,13 +166,22 @@ def find(session: Session, version: Version, *, lock: bool = True) -> VersionRow
     return row
 
 
+def is_federations(session: Session, version: Version) -> bool:
+    """Whether a federation makes its adapter's versions."""
+    return _federation_id(session, version) is not None
+
+
 def made_by(session: Session, version: Version) -> int:
     """The id of its federation; InvalidInputError where none made it."""
-    row = find(session, version, lock=False)
-    federation_id = session.scalar(select(AdapterRow.federation_id).where(AdapterRow.id == row.adapter_id))
+    federation_id = _federation_id(session, version)
     if federation_id is None:
         raise InvalidInputError(f"{version.reference} was made by no federation, expected one that has a lease")
     return federation_id
+
+
+def _federation_id(session: Session, version: Version) -> int | None:
+    row = find(session, version, lock=False)
+    return session.scalar(select(AdapterRow.federation_id).where(AdapterRow.id == row.adapter_id))
 
 
 def check_state(state: str) -> str:
@@ -145,6 +194,7 @@ def resolve(session: Session, reference: Reference) -> Version:
     statement = _versions().where(TenantRow.name == reference.tenant, AdapterRow.name == reference.adapter)
     if reference.number is not None:
         statement = statement.where(VersionRow.number == reference.number, VersionRow.state != "quarantined")
+        statement = statement.where(VersionRow.purged_at.is_(None))
     elif reference.alias is not None:
         statement = statement.join(
             AliasRow, and_(AliasRow.adapter_id == VersionRow.adapter_id, AliasRow.number == VersionRow.number)
@@ -161,7 +211,8 @@ def live(session: Session, tenant_id: int | None) -> list[Version]:
     """The current version of each adapter that a tenant owns, was granted, or has a member's right to.
 
     Of a federation whose members of the tenant are all revoked, it is the newest usable version from before that, but
-    for adapters that are granted besides. All adapters' for None. In order of tenant and adapter name.
+    for adapters that are granted besides. All adapters' for None. In order of tenant and adapter name. What was granted
+    to a tenant without a member in its federation comes without its lineage, which names that federation.
     """
     statement = _versions().where(_is_current())
     found: list[Version] = []
@@ -176,7 +227,13 @@ def live(session: Session, tenant_id: int | None) -> list[Version]:
                 made = _versions().where(AdapterRow.federation_id == federation_id, AdapterRow.tenant_id != tenant_id)
                 made = made.where(AdapterRow.id.not_in(granted))
                 found += _all(session, made.where(_is_newest_until(until)))
-    return sorted([*found, *_all(session, statement)], key=lambda version: (version.tenant, version.adapter))
+    found += _all(session, statement)
+    if tenant_id is not None and any(version.lineage is not None for version in found):
+        told = select(TenantRow.name, AdapterRow.name).join(TenantRow, TenantRow.id == AdapterRow.tenant_id)
+        told = told.where(or_(AdapterRow.tenant_id == tenant_id, AdapterRow.federation_id.in_(joined)))
+        origins = {(tenant, adapter) for tenant, adapter in session.execute(told)}
+        found = [v if (v.tenant, v.adapter) in origins else replace(v, lineage=None) for v in found]
+    return sorted(found, key=lambda version: (version.tenant, version.adapter))
 
 
 def may_use(session: Session, tenant_id: int, version: Version) -> bool:
@@ -209,27 +266,29 @@ def _memberships(session: Session, tenant_id: int) -> dict[int, float | None]:
     return joined
 
 
+# Made once: each one is some 360 objects in cycles, which requests would leave to the garbage collector.
+_Candidate = aliased(VersionRow)
+
+
 def _is_current() -> ColumnElement[bool]:
     """Whether a version is what its adapter's bare reference gives; index look-ups per adapter, no scan of versions."""
-    candidate = aliased(VersionRow)
-    usable = and_(candidate.adapter_id == AdapterRow.id, candidate.state.in_(USABLE))
+    usable = and_(_Candidate.adapter_id == AdapterRow.id, _Candidate.state.in_(USABLE))
     champion = (
-        select(candidate.number)
-        .join(AliasRow, and_(AliasRow.adapter_id == candidate.adapter_id, AliasRow.number == candidate.number))
+        select(_Candidate.number)
+        .join(AliasRow, and_(AliasRow.adapter_id == _Candidate.adapter_id, AliasRow.number == _Candidate.number))
         .where(usable, AliasRow.name == CHAMPION)
         .correlate(AdapterRow)
         .scalar_subquery()
     )
-    newest = select(func.max(candidate.number)).where(usable).correlate(AdapterRow).scalar_subquery()
+    newest = select(func.max(_Candidate.number)).where(usable).correlate(AdapterRow).scalar_subquery()
     return VersionRow.number == func.coalesce(champion, newest)
 
 
 def _is_newest_until(until: float) -> ColumnElement[bool]:
     """Whether a version is its adapter's newest usable one of those made up to a time."""
-    candidate = aliased(VersionRow)
     newest = (
-        select(func.max(candidate.number))
-        .where(candidate.adapter_id == AdapterRow.id, candidate.state.in_(USABLE), candidate.created_at <= until)
+        select(func.max(_Candidate.number))
+        .where(_Candidate.adapter_id == AdapterRow.id, _Candidate.state.in_(USABLE), _Candidate.created_at <= until)
         .correlate(AdapterRow)
         .scalar_subquery()
     )
@@ -263,6 +322,7 @@ def _version(row: VersionRow, tenant: str, adapter: str, base_digest: str) -> Ve
         row.created_at,
         None if row.lineage is None else _lineage(row.lineage),
         row.licence,
+        row.purged_at,
     )
 
 

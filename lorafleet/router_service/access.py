@@ -14,12 +14,22 @@ def usable(registry: Registry, tenant: str, *, base_digest: str) -> list[Version
 
 
 def resolve(registry: Registry, tenant: str, reference: str, *, base_digest: str) -> Version:
+    """:func:`visible` for who wants to run it: BaseMismatchError for a version of another base."""
+    version = visible(registry, tenant, reference)
+    if version.base_digest != base_digest:
+        raise BaseMismatchError(
+            f"{version.reference} was made for the base {version.base_digest}, this server runs {base_digest}; "
+            "ask a server of its base"
+        )
+    return version
+
+
+def visible(registry: Registry, tenant: str, reference: str) -> Version:
     """The version that a reference names, if the tenant may use it.
 
     An adapter is the tenant's to use when the tenant owns it or a version of it is live for the tenant; its older
     versions and other aliases are then, too, but none that was made after the tenant's last member was revoked. Raises
-    NotFoundError, in the same words for a missing and a foreign one, and BaseMismatchError for a version of another
-    base.
+    NotFoundError, in the same words for a missing and a foreign one.
     """
     refusal = not_found(f"adapter {reference!r}")
     named = parse_reference(reference)
@@ -39,9 +49,4 @@ def resolve(registry: Registry, tenant: str, reference: str, *, base_digest: str
             raise refusal from None
         if current is not None and not registry.may_use(tenant, version):
             raise refusal
-    if version.base_digest != base_digest:
-        raise BaseMismatchError(
-            f"{version.reference} was made for the base {version.base_digest}, this server runs {base_digest}; "
-            "ask a server of its base"
-        )
     return version

@@ -130,6 +130,8 @@ class Account:
         self.closing = False
         """Nothing more is taken, and all is settled that can be."""
         self._quota: Quota | None = None
+        self._size = NOTHING
+        """Of a block, by the quota; 0 for what has no limit."""
         self._change, self._known_change = 1, 0
         self._blocks: list[Held] = []
         self._retired: list[Held] = []
@@ -243,8 +245,7 @@ class Account:
         for waiting in self.waiting:
             missing = self._missing(self._limited(waiting.need))
             if missing != NOTHING and waiting.error is None and not self._is_refused(missing, now):
-                size = self._size()
-                more = Amount(*(m + s if m > 0 else 0 for m, s in zip(missing, size, strict=True)))
+                more = Amount(*(m + s if m > 0 else 0 for m, s in zip(missing, self._size, strict=True)))
                 return Take(more, missing)
         if not may_retry:
             return None
@@ -254,7 +255,7 @@ class Account:
         self._known_change = asked.change
         if quota != self._quota:
             self._retire(self._blocks)  # they were measured by the old one
-            self._quota, self._refusal = quota, None
+            self._quota, self._size, self._refusal = quota, _block_size(quota), None
 
     def took(self, asked: Take, block: UsageBlock, seen: Iterable[Usage], now: float) -> None:
         """``seen``: what all services had taken after that; empty where it could not be read."""
@@ -272,9 +273,6 @@ class Account:
 
     def refuse(self, asked: Take, error: QuotaExceededError, now: float) -> None:
         """No limit had room for a block."""
-        if asked.wanted == NOTHING:
-            self._recorded_at = now
-            return
         again_at = None if error.retry_after_s is None else now + error.retry_after_s
         self._refusal = _Refusal(asked.least, now + REFUSED_S, error, again_at)
 
@@ -297,14 +295,18 @@ class Account:
 
     def _ahead(self, now: float) -> Take | None:
         """A block, where those that are there run low, or where the only ones are due to be settled."""
-        if self.closing or not self._is_active(now) or (self._refusal is not None and now < self._refusal.until):
+        if self._size == NOTHING or self.closing or not self._is_active(now):
             return None
-        size, left = self._size(), _total(held.left for held in self._blocks)
+        if self._refusal is not None and now < self._refusal.until:
+            return None
+        size, left = self._size, _total(held.left for held in self._blocks)
         due = any(held.drawing == 0 for held in self._blocks) and all(self._is_aged(held, now) for held in self._blocks)
         wanted = Amount(*(s if due or 2 * have < s else 0 for s, have in zip(size, left, strict=True)))
         return None if wanted == NOTHING else Take(wanted, Amount(*(min(1, w) for w in wanted)))
 
     def _settlement(self, now: float) -> Settle | None:
+        if not self._blocks and not self._retired:
+            return None
         fresh = any(not self._is_aged(held, now) for held in self._blocks)
         unneeded = [
             held
@@ -324,18 +326,6 @@ class Account:
     def _record(self, now: float) -> Take | None:
         due = self.closing or now - self._recorded_at >= SETTLE_S
         return Take(NOTHING, NOTHING) if due and any(self._unrecorded) else None
-
-    def _size(self) -> Amount:
-        """Of a block; 0 for what has no limit."""
-        quota = self._quota or Quota()
-        tokens = [most for most in (quota.tokens_per_minute, quota.budget_tokens) if most is not None]
-        requests = [] if quota.requests_per_minute is None else [quota.requests_per_minute]
-        return Amount(
-            *(
-                min(most, -(-min(limits) // SHARE)) if limits else 0
-                for most, limits in zip(MOST, (requests, tokens), strict=True)
-            )
-        )
 
     def _limited(self, need: Amount) -> Amount:
         """Without what has no limit."""
@@ -369,11 +359,23 @@ class Account:
         return now - held.taken_at >= SETTLE_S
 
     def _expire(self, now: float) -> None:
-        self._retire([held for held in self._blocks if held.block.ends_at <= now])
+        if self._blocks:
+            self._retire([held for held in self._blocks if held.block.ends_at <= now])
 
     def _retire(self, blocks: list[Held]) -> None:
         self._retired += blocks
         self._blocks = [held for held in self._blocks if held not in blocks]
+
+
+def _block_size(quota: Quota) -> Amount:
+    tokens = [most for most in (quota.tokens_per_minute, quota.budget_tokens) if most is not None]
+    requests = [] if quota.requests_per_minute is None else [quota.requests_per_minute]
+    return Amount(
+        *(
+            min(most, -(-min(limits) // SHARE)) if limits else 0
+            for most, limits in zip(MOST, (requests, tokens), strict=True)
+        )
+    )
 
 
 def _plus(first: Amount, second: Amount) -> Amount:

@@ -11,38 +11,54 @@ from lorafleet.errors import UnavailableError
 from lorafleet.registry.records import Key
 from lorafleet.router_service.admission import Admission
 from lorafleet.router_service.metering import Metering, Reservation
+from lorafleet.router_service.trail import Trail
 
 
 class Call:
     """Counts as running from its creation until :meth:`end`, which is the door's to call: gRPC's or HTTP's."""
 
-    def __init__(self, engine: Engine, admission: Admission, metering: Metering, key: Key) -> None:
-        """Raises what ``Admission.enter`` raises; :meth:`end` must follow otherwise."""
+    def __init__(
+        self,
+        engine: Engine,
+        admission: Admission,
+        metering: Metering,
+        key: Key,
+        trail: Trail | None = None,
+        *,
+        weight: float = 1.0,
+    ) -> None:
+        """``weight``: the tenant's. Raises what ``Admission.enter`` raises; :meth:`end` must follow otherwise."""
         self._engine, self._admission, self._metering = engine, admission, metering
-        self.key = key
+        self.key, self._weight = key, weight
+        self.trail = Trail() if trail is None else trail
         self.began = time.monotonic()
         self._lock = threading.Lock()
         self._tickets: list[Ticket] = []
         self._ended = self._metered = False
-        admission.enter()
+        admission.enter(key.tenant, weight)
 
-    def reserve(self, *, requests: int, tokens: int) -> Reservation:
+    def reserve(self, *, requests: int, tokens: int, wait: bool = True) -> Reservation:
         """Hold what the tenant's quota has to have room for; raises what ``Metering.enter`` and ``reserve`` raise.
 
-        From the first time on the call counts among the tenant's concurrent ones. May wait for the database.
+        From the first time on the call counts among the tenant's concurrent ones. May wait for the database; not to
+        ``wait``: WouldWait instead.
         """
-        if not self._metered:
-            self._metering.enter(self.key.tenant)
-            with self._lock:
-                self._metered, ended = not self._ended, self._ended
-            if ended:
-                self._metering.leave(self.key.tenant)
-                raise UnavailableError("the call ended before it was served")
-        return self._metering.reserve(self.key.tenant, requests=requests, tokens=tokens)
+        with self.trail.step("quota"):
+            if not self._metered:
+                self._metering.enter(self.key.tenant, wait=wait)
+                with self._lock:
+                    self._metered, ended = not self._ended, self._ended
+                if ended:
+                    self._metering.leave(self.key.tenant)
+                    raise UnavailableError("the call ended before it was served")
+            return self._metering.reserve(self.key.tenant, requests=requests, tokens=tokens, wait=wait)
 
     def submit(self, prompt: str | Sequence[int], *, mix: Mapping[str, float], sampling: SamplingParams) -> Ticket:
         # Tenants share no cached prefix: the time of a first token would tell what others have asked.
-        ticket = self._engine.submit(prompt, mix=mix, sampling=sampling, salt=self.key.tenant)
+        tenant = self.key.tenant
+        ticket = self._engine.submit(
+            prompt, mix=mix, sampling=sampling, salt=tenant, tenant=tenant, weight=self._weight
+        )
         with self._lock:
             self._tickets.append(ticket)
             ended = self._ended
@@ -77,4 +93,4 @@ class Call:
             ticket.cancel()
         if metered:
             self._metering.leave(self.key.tenant)
-        self._admission.leave()
+        self._admission.leave(self.key.tenant)

@@ -8,10 +8,12 @@ import uuid
 from dataclasses import dataclass
 from typing import Final
 
-from lorafleet.errors import LorafleetError, QuotaExceededError, UnavailableError, grpc_status
+from lorafleet.errors import BackendError, LorafleetError, OverloadedError, QuotaExceededError, grpc_status
 
 QUOTA_EXCEEDED: Final = "QUOTA_EXCEEDED"
 """The reason of a QuotaExceededError."""
+FULL_S: Final = 1.0
+"""After which a full server is tried again: it has room when one call ends."""
 _LONGEST: Final = 1500
 """Bytes of a message, which may quote what was sent: in gRPC it travels in trailers, which peers bound to 8 KiB, in
 plain with three characters for some bytes, and in the details once more with four for three."""
@@ -33,8 +35,7 @@ class Failure:
 
 
 def failure(error: BaseException) -> Failure:
-    # What a driver or the file system says names the machines and folders of whoever runs this.
-    broken = isinstance(error, UnavailableError) and error.__cause__ is not None
+    broken = isinstance(error, BackendError)
     if broken or not isinstance(error, LorafleetError):
         incident = uuid.uuid4().hex
         _log.error("incident %s in a call", incident, exc_info=error)
@@ -45,5 +46,7 @@ def failure(error: BaseException) -> Failure:
         return Failure("INTERNAL", "INTERNAL", f"internal error; {details}", incident)
     reason = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).upper()
     retry_after_s = error.retry_after_s if isinstance(error, QuotaExceededError) else None
+    if isinstance(error, OverloadedError):
+        retry_after_s = FULL_S
     message = str(error).encode(errors="replace")[:_LONGEST].decode(errors="ignore")
     return Failure(grpc_status(error), reason, message, retry_after_s=retry_after_s)

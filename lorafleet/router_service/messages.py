@@ -74,7 +74,7 @@ def summary(generation: Generation, answer: Answer) -> router_pb2.GenerateSummar
 
 
 def decision(decided: Decision) -> router_pb2.RouteDecision:
-    named = references(decided.versions)
+    named = decided.references
     candidates = [
         router_pb2.Candidate(
             reference=BASE_MODEL if scored.digest == BASE else named[scored.digest],
@@ -87,14 +87,17 @@ def decision(decided: Decision) -> router_pb2.RouteDecision:
     ]
     return router_pb2.RouteDecision(
         router=decided.router,
-        mix=components(decided.route.mix, decided.versions),
+        mix=_components(decided.route.mix, named),
         candidates=candidates,
         reason=decided.route.reason,
     )
 
 
 def components(mix: Mapping[str, float], versions: Sequence[Version]) -> list[router_pb2.MixComponent]:
-    named = references(versions)
+    return _components(mix, references(versions))
+
+
+def _components(mix: Mapping[str, float], named: Mapping[str, str]) -> list[router_pb2.MixComponent]:
     return [router_pb2.MixComponent(reference=named[d], digest=d, weight=w) for d, w in sorted(mix.items())]
 
 

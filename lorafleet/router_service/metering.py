@@ -21,6 +21,7 @@ from lorafleet.registry import Registry
 from lorafleet.registry.quotas import MINUTE_S
 from lorafleet.registry.records import Amount, Usage
 from lorafleet.router_service.accounts import Account, Action, LookUp, Piece, RateLimits, Take, Use, Waiting
+from lorafleet.router_service.waiting import WouldWait
 
 WAIT_S: Final = 3.0
 """How long a request waits for the registry; then it is UNAVAILABLE."""
@@ -148,23 +149,26 @@ class Metering:
                 tenant.account.forget()
                 self._ask(tenant)
 
-    def enter(self, name: str) -> None:
-        """Count a call of a tenant, until ``leave``. QuotaExceededError where as many run here as may."""
+    def enter(self, name: str, *, wait: bool = True) -> None:
+        """Count a call of a tenant, until ``leave``. QuotaExceededError where as many run here as may.
+
+        Not to ``wait``: WouldWait where the quota is not known.
+        """
         tenant = self._tenant(name)
         with tenant.changed:
-            self._wait(tenant, Waiting(Amount(0, 0)), lambda: tenant.account.known)
+            self._wait(tenant, Waiting(Amount(0, 0)), lambda: tenant.account.known, wait=wait)
             tenant.account.enter(self._clock())
 
     def leave(self, name: str) -> None:
-        tenant = self._tenant(name)
+        tenant = self._tenants[name]  # not forgotten while a call of it runs
         with tenant.changed:
             tenant.account.leave()
 
-    def reserve(self, name: str, *, requests: int, tokens: int) -> Reservation:
+    def reserve(self, name: str, *, requests: int, tokens: int, wait: bool = True) -> Reservation:
         """Hold what a request may use at most; whoever gets it uses it as a context manager.
 
         QuotaExceededError, with the seconds until it may be tried again, where a limit has no room; UnavailableError
-        where the registry has to be asked and does not answer.
+        where the registry has to be asked and does not answer. Not to ``wait``: WouldWait where it has to be asked.
         """
         tenant, need = self._tenant(name), Amount(requests, tokens)
         pieces: tuple[Piece, ...] | None = None
@@ -175,7 +179,7 @@ class Metering:
             return pieces is not None
 
         with tenant.changed:
-            self._wait(tenant, Waiting(need), drawn)
+            self._wait(tenant, Waiting(need), drawn, wait=wait)
             self._ask(tenant)
         held = pieces or ()
 
@@ -184,7 +188,8 @@ class Metering:
                 tenant.account.touch(self._clock())
                 tenant.account.end(held, used)
                 self._ask(tenant)
-                tenant.changed.notify_all()  # what came back may be enough for who waits
+                if tenant.account.waiting:
+                    tenant.changed.notify_all()  # what came back may be enough for who waits
 
         return Reservation(requests, end)
 
@@ -197,10 +202,12 @@ class Metering:
         with tenant.changed:
             return tenant.account.limits(self._clock())
 
-    def _wait(self, tenant: _Tenant, waiting: Waiting, ready: Callable[[], bool]) -> None:
+    def _wait(self, tenant: _Tenant, waiting: Waiting, ready: Callable[[], bool], *, wait: bool) -> None:
         """Until ready, under the tenant's lock, with the registry asked for what is missing."""
         if ready():
             return
+        if not wait:
+            raise WouldWait
         deadline = time.monotonic() + self._wait_s
         tenant.account.waiting.append(waiting)
         try:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lorafleet.adapters import LoraAdapter
 from lorafleet.engine import Engine
-from lorafleet.errors import UnavailableError
+from lorafleet.errors import BackendError, UnavailableError
 from lorafleet.registry import Registry
 from lorafleet.registry.records import Version
+from lorafleet.router_service.holds import Holds
 
 _log = logging.getLogger(__name__)
 
@@ -24,8 +25,9 @@ class Residency:
     the request has been submitted.
     """
 
-    def __init__(self, engine: Engine, registry: Registry) -> None:
+    def __init__(self, engine: Engine, registry: Registry, holds: Holds | None = None) -> None:
         self._engine, self._registry = engine, registry
+        self._holds = holds or Holds(registry)
         self._changed = threading.Condition()
         self._live: frozenset[str] = frozenset()
         self._loaded: set[str] = set()
@@ -37,16 +39,33 @@ class Residency:
     @contextmanager
     def hold(self, versions: Sequence[Version]) -> Iterator[None]:
         """The versions are in the engine inside the block; raises what loading one of them raises."""
-        with self._held_versions(versions):
+        digests = self._take(versions)
+        try:
             for version in versions:
                 self._load(version)
             yield
+        finally:
+            self._let_go(digests)
 
     @contextmanager
     def hold_loadable(self, versions: Sequence[Version]) -> Iterator[list[Version]]:
         """Those of the versions that can be loaded, in the engine inside the block; the others are logged once."""
-        with self._held_versions(versions):
-            yield [version for version in versions if self._try_load(version)]
+        digests = self._take(versions)
+        try:
+            # Nothing leaves any more that is held: most calls find all of theirs there, at one look.
+            all_there = self.has(digests)
+            yield [version for version in versions if all_there or self._try_load(version)]
+        finally:
+            self._let_go(digests)
+
+    def has(self, digests: Iterable[str]) -> bool:
+        """Whether all of them are in the engine now; does not wait."""
+        with self._changed:
+            return all(digest in self._loaded and digest not in self._moving for digest in digests)
+
+    def loadable(self, versions: Sequence[Version]) -> Sequence[Version]:
+        """Those of the versions that are not known to fail; does not wait."""
+        return [v for v in versions if v.digest not in self._broken] if self._broken else versions
 
     def keep(self, live: Collection[Version]) -> None:
         """The engine holds exactly these from now on; one that cannot be loaded is logged and left out."""
@@ -54,24 +73,38 @@ class Residency:
             self._live = frozenset(version.digest for version in live)
             self._broken.clear()
             loaded = list(self._loaded)
+        self._holds.take(self._live)
         for version in live:
             self._try_load(version)
         self._unload_unneeded(loaded)
 
-    @contextmanager
-    def _held_versions(self, versions: Sequence[Version]) -> Iterator[None]:
+    def renew_holds(self) -> None:
+        """Tell the registry, now and then, what the engine has; to be called often."""
+        self._holds.renew(self._needed)
+
+    def release_holds(self) -> None:
+        """Tell the registry that the engine has nothing any more."""
+        self._holds.release()
+
+    def _needed(self) -> set[str]:
+        with self._changed:
+            return self._loaded | self._moving | self._live
+
+    def _take(self, versions: Sequence[Version]) -> list[str]:
+        """Their digests, which are held until :meth:`_let_go`."""
         digests = [version.digest for version in versions]
         with self._changed:
-            self._held.update(digests)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._held.subtract(digests)
-                for digest in digests:
-                    if self._held[digest] <= 0:
-                        del self._held[digest]
-            self._unload_unneeded(digests)
+            for digest in digests:
+                self._held[digest] += 1
+        return digests
+
+    def _let_go(self, digests: Sequence[str]) -> None:
+        with self._changed:
+            for digest in digests:
+                self._held[digest] -= 1
+                if not self._held[digest]:
+                    del self._held[digest]
+        self._unload_unneeded(digests)
 
     def _try_load(self, version: Version) -> bool:
         """Whether the version is in the engine now; one that failed is not tried again before the next ``keep``."""
@@ -80,7 +113,7 @@ class Residency:
         try:
             self._load(version)
         except Exception:
-            _log.exception("%s (%s) cannot be loaded; the others are served", version.reference, version.digest)
+            _log.exception("%s cannot be loaded; the others are served", version.digest)
             self._broken.add(version.digest)
             return False
         return True
@@ -90,19 +123,23 @@ class Residency:
             return
         loaded = False
         try:
+            self._holds.take([version.digest])
             self._engine.add_adapter(version.digest, self._read(version))
             loaded = True
-            _log.info("loaded %s (rank %d, %s)", version.reference, version.rank, version.digest)
+            # By digest: whom it belongs to is in the registry, not for whoever reads one tenant's lines.
+            _log.info("loaded %s (rank %d)", version.digest, version.rank)
         finally:
             self._end(version.digest, loaded=loaded)
 
     def _read(self, version: Version) -> LoraAdapter:
         try:
             return self._registry.load(version)
-        except UnavailableError as error:  # which names the folder: that is for the log
-            raise UnavailableError(f"the weights of {version.reference} cannot be read; call again later") from error
+        except UnavailableError as error:
+            raise BackendError(f"the weights of {version.reference} cannot be read") from error
 
     def _unload_unneeded(self, digests: Sequence[str]) -> None:
+        with self._changed:
+            digests = [digest for digest in digests if digest in self._loaded and not self._is_needed(digest)]
         for digest in digests:
             if self._begin(digest, want_loaded=False):
                 try:
@@ -115,11 +152,13 @@ class Residency:
         """Claims a digest for a move, once nobody else moves it; False where there is nothing to do."""
         with self._changed:
             self._changed.wait_for(lambda: digest not in self._moving)
-            needed = digest in self._live or self._held[digest] > 0
-            if (digest in self._loaded) == want_loaded or (needed and not want_loaded):
+            if (digest in self._loaded) == want_loaded or (self._is_needed(digest) and not want_loaded):
                 return False
             self._moving.add(digest)
             return True
+
+    def _is_needed(self, digest: str) -> bool:
+        return digest in self._live or self._held[digest] > 0
 
     def _end(self, digest: str, *, loaded: bool) -> None:
         with self._changed:

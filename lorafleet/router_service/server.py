@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
+from typing import Final
 
 from lorafleet.engine import Engine
 from lorafleet.registry import Registry
+from lorafleet.router_service.adapters.service import AdapterService
+from lorafleet.router_service.adapters.transfers import TransferLimits
+from lorafleet.router_service.adapters.uploads import UploadLimits, Uploads
 from lorafleet.router_service.addresses import listen_address
 from lorafleet.router_service.admission import Admission
 from lorafleet.router_service.answering import Answering
@@ -22,8 +30,11 @@ from lorafleet.router_service.metering import Metering
 from lorafleet.router_service.metrics import Metrics
 from lorafleet.router_service.residency import Residency
 from lorafleet.router_service.tls import Tls
+from lorafleet.router_service.trail import Begin, untraced
 from lorafleet.router_service.watcher import Watcher
+from lorafleet.router_service.weights import Weights
 
+SWITCH_S: Final = 0.0005
 _log = logging.getLogger(__name__)
 
 
@@ -40,22 +51,30 @@ class ServerConfig:
     router: str = "likelihood"
     """A name in ``ROUTERS``; decides for ``Route`` and for the model ``auto``."""
     max_calls: int = 256
-    """Generating and routing calls at the same time, over gRPC and HTTP together; one more is RESOURCE_EXHAUSTED. Over
-    gRPC each has a thread, which mostly waits; what the engine has no room for waits in its queue."""
+    """Generating and routing calls at the same time, over gRPC and HTTP together; one more is RESOURCE_EXHAUSTED. One
+    tenant alone has three quarters of them (:class:`Admission`). What the engine has no room for waits in its queue."""
     longest_call_s: float = 600.0
     """gRPC callers have to set a deadline, at most this far away; over HTTP it is everyone's."""
     poll_interval_s: float = 0.5
     """How often the registry is looked at for new versions and revoked keys."""
     drain_s: float = 30.0
     """How long calls may go on after ``stop``; then they are cancelled."""
+    uploads: Path | None = None
+    """Where uploads are staged, on the disk of the weights for preference; None: in a folder that goes with the server,
+    so that no upload outlives it."""
+    upload_limits: UploadLimits = field(default_factory=UploadLimits)
+    transfer_limits: TransferLimits = field(default_factory=TransferLimits)
 
 
 class Server:
-    """Serves RouterService, grpc.health.v1 and the HTTP API until stopped. Engine and registry stay their owner's to
-    close; the engine's stepping thread has to run.
+    """Serves RouterService, AdapterService, grpc.health.v1 and the HTTP API until stopped. Engine and registry stay
+    their owner's to close; the engine's stepping thread has to run.
     """
 
-    def __init__(self, engine: Engine, registry: Registry, config: ServerConfig | None = None) -> None:
+    def __init__(
+        self, engine: Engine, registry: Registry, config: ServerConfig | None = None, *, begin: Begin = untraced
+    ) -> None:
+        """``begin``: where traces of calls are kept."""
         config = config or ServerConfig()
         self._config = config
         self._host, self._port = self._listen_address(config.address)
@@ -65,22 +84,50 @@ class Server:
         residency = Residency(engine, registry)
         authenticator = Authenticator(registry)
         self._metering = metering = Metering(registry)
+        weights = Weights(registry)
 
         def changed() -> None:
             authenticator.forget()
             metering.forget()
+            answering.forget()
+            weights.renew()  # last: it reads, and may fail
 
         self._watcher = Watcher(engine, registry, residency, changed=changed, interval_s=config.poll_interval_s)
         answering = Answering(
-            engine, registry, residency, self._admission, metering, router=config.router, follow=metrics.follow
+            engine,
+            registry,
+            residency,
+            self._admission,
+            metering,
+            router=config.router,
+            follow=metrics.follow,
+            weight_of=weights.of,
+        )
+        self._clean_up = ExitStack()
+        uploads = config.uploads or Path(self._clean_up.enter_context(TemporaryDirectory(prefix="lorafleet-uploads-")))
+        self._adapters = AdapterService(
+            registry,
+            Uploads(uploads, config.upload_limits),
+            config.transfer_limits,
+            base_digest=engine.base_digest,
         )
         self._grpc = GrpcServer(
-            answering, authenticator, max_calls=config.max_calls, longest_call_s=config.longest_call_s
+            answering,
+            self._adapters,
+            authenticator,
+            max_calls=config.max_calls,
+            longest_call_s=config.longest_call_s,
+            begin=begin,
         )
         self._http: HttpServer | None = None
         if config.http_address is not None:
             app = HttpApp(
-                answering, authenticator, metrics, max_calls=config.max_calls, longest_call_s=config.longest_call_s
+                answering,
+                authenticator,
+                metrics,
+                max_calls=config.max_calls,
+                longest_call_s=config.longest_call_s,
+                begin=begin,
             )
             self._http = HttpServer(app, max_calls=config.max_calls)
 
@@ -107,6 +154,7 @@ class Server:
             self._grpc.stop()
             raise
         self._metering.start()
+        self._adapters.start()
         self._grpc.start()
         if self._http is not None:
             self._http.start(self._config.tls)
@@ -132,6 +180,8 @@ class Server:
         if self._http is not None:
             self._http.stop()
         self._grpc.stop()
+        self._adapters.stop()
+        self._clean_up.close()
         self._watcher.stop()
         self._metering.stop()  # last: calls that were just cut off go on record, too
 
@@ -156,7 +206,17 @@ def serve(server: Server) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    # Threads that read and write for callers take turns with the engine's, which lets go of the interpreter in every
+    # product. Beside a flood, with Python's 5 ms, a quiet tenant waited 7 to 60 times as long for a first token as
+    # alone; with this, 2 to 4 times, on two cores that others kept busy.
+    sys.setswitchinterval(SWITCH_S)
     server.start()
+    # The base, its tokenizer and the libraries stay: a full garbage collection that looks at them stops every thread.
+    gc.collect()
+    gc.freeze()
+    # Once more, of nothing: Python waits with the next full one for a quarter of what the last one left, and cycles of
+    # requests would pile up to a quarter of the base and the libraries.
+    gc.collect()
     http = "" if server.http_address is None else f" http={server.http_address}"
     print(f"listening grpc={server.address}{http}", flush=True, file=sys.stdout)
     ended.wait()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final, NoReturn
 
 import grpc
@@ -36,16 +34,11 @@ def to_status(error: BaseException) -> status_pb2.Status:
     return status_pb2.Status(code=code_pb2.Code.Value(failed.status), message=failed.message, details=packed)
 
 
-def abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
-    """Ends the call with the error's status; raises, as ``context.abort`` does."""
-    context.abort_with_status(rpc_status.to_status(to_status(error)))
+async def abort(context: grpc.aio.ServicerContext, error: BaseException) -> NoReturn:
+    """Ends the call with the error's status, unless it has one, or nobody is there any more, which is what gRPC's
+    InternalError says; raises, as ``context.abort`` does.
+    """
+    if context.code() is not None or isinstance(error, grpc.aio.InternalError):
+        raise error
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
     raise AssertionError("abort_with_status returned")
-
-
-@contextmanager
-def translated(context: grpc.ServicerContext) -> Iterator[None]:
-    """Any error inside ends the call with its status."""
-    try:
-        yield
-    except Exception as error:
-        abort(context, error)

@@ -39,10 +39,11 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; what is loaded stays loaded."""
+        """Ends the thread; what is loaded stays loaded, and may be deleted in the registry from now on."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._residency.release_holds()
 
     def poll(self) -> bool:
         """One look at the registry; True where its revision had changed. Versions of other bases are passed over."""
@@ -67,5 +68,6 @@ class Watcher:
         while not self._stop.wait(self._interval_s):
             try:
                 self.poll()
+                self._residency.renew_holds()
             except Exception:
                 _log.exception("the registry cannot be read; serving goes on with what is loaded")

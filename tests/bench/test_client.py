@@ -146,6 +146,7 @@ def test_text_to_train_on_fills_as_many_blocks_as_are_asked_for() -> None:
     assert int(blocks.min()) >= 0
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_all_rows_train_the_same_in_processes_of_their_own(tmp_path: Path) -> None:
     asked = settings(

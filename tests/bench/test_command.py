@@ -88,6 +88,7 @@ def test_a_wrong_command_line_is_refused(
     assert (found, out) == (status, "") and said in err
 
 
+@pytest.mark.long
 @pytest.mark.process
 @pytest.mark.timeout(1200)
 def test_a_tiny_run_measures_us_and_peers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -178,6 +178,7 @@ def test_a_family_is_held_with_all_below_it() -> None:
         assert {each.status() for each in held} == {psutil.STATUS_STOPPED}
 
 
+@pytest.mark.long
 @pytest.mark.process
 @pytest.mark.timeout(540)
 def test_a_federation_goes_on_without_the_member_that_is_killed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def test_join_from_another_thread_is_refused(data_folder: Path) -> None:
             done.result(timeout=60)
 
 
-@contextmanager
+@contextlib.contextmanager
 def joined(
     data: Path,
     base: Path,
@@ -143,6 +143,13 @@ def read_until(process: Any, words: str) -> str:
 
 def family(process: Any) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
+
+
+def words_of(process: psutil.Process) -> str:
+    """The command line, empty for a process that has just ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # a zombie too
+        return " ".join(process.cmdline())
+    return ""
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
@@ -218,7 +225,7 @@ def test_supernode_ends_with_the_process_that_joined(
 def test_supernode_that_is_lost_is_started_again(data_folder: Path, base_folder: Path, temp: Path) -> None:
     with joined(data_folder, base_folder, temp, insecure=True) as process:
         read_until(process, "Starting Flower SuperExec")
-        (lost,) = (child for child in family(process) if "flower-supernode" in " ".join(child.cmdline()))
+        (lost,) = (child for child in family(process) if "flower-supernode" in words_of(child))
         lost.kill()
         assert "127.0.0.1:9 is lost" in read_until(process, "trying again in")
         read_until(process, "Starting Flower SuperExec")

@@ -32,8 +32,8 @@ class World:
         self.children.append(Child())
         return self.children[-1]
 
-    def node(self) -> SuperNode:
-        return SuperNode(self.start, superlink="link:1", clock=lambda: self.now, draw=lambda: 0.0)
+    def node(self, *, out: bool = False) -> SuperNode:
+        return SuperNode(self.start, superlink="link:1", is_out=lambda: out, clock=lambda: self.now, draw=lambda: 0.0)
 
     def end(self, code: int) -> None:
         self.children[-1].returncode = code
@@ -79,6 +79,16 @@ def test_node_that_was_spoken_through_comes_back_whatever_its_code(world: World)
     node.connected()
     world.end(1)
     assert node.alive()
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_node_of_a_member_that_was_put_out_is_not_started_again(world: World, code: int) -> None:
+    node = world.node(out=True)
+    node.connected()
+    assert node.alive() and not node.out
+    world.end(code)
+    assert not node.alive() and node.out
+    assert len(world.children) == 1 and world.ended == world.children
 
 
 def test_pauses_grow_while_it_fails_and_are_short_again_once_it_lived(

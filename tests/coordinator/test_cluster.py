@@ -122,6 +122,7 @@ def said(out: str) -> list[str]:
     return [line for line in out.splitlines() if re.match(r"(nodes|experts|sum) ", line)]
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_a_federation_on_two_nodes_gives_the_bits_of_one_process_and_a_sum_outlives_the_second(tmp_path: Path) -> None:
     with cluster(jobs=False) as nodes:

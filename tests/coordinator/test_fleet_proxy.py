@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from fastapi.routing import APIRoute, iter_route_contexts
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata
@@ -20,6 +20,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.superlink.main import create_app
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from lorafleet.clients.standing import is_out
 from lorafleet.coordinator import acceptance, fleet_proxy
 from lorafleet.coordinator.fleet_proxy import (
     ACTIVATE,
@@ -35,6 +36,7 @@ from lorafleet.coordinator.node_keys import header_of, pem_of, read_public_key, 
 from lorafleet.errors import InvalidInputError, NotFoundError, UnavailableError
 from lorafleet.registry import Federation, Registry
 from tests.coordinator.scripted import BASE
+from tests.router_service.certificates import Authority
 
 PULL = "/v1/fleet/pull-messages"
 
@@ -325,6 +327,45 @@ def test_a_members_requests_leave_a_place_for_others(
         statuses += [call(PULL, headers={"flwr-public-key": header_of(key)}).status_code for key in keys]
     statuses.append(call(PULL, headers={"flwr-public-key": header_of(keys[0])}).status_code)
     assert statuses == [503, 200, 200]
+
+
+def test_a_member_that_was_put_out_is_told_so_when_it_asks_and_nobody_else_is(
+    registry: Registry, federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_proxy, "KEYS_S", 0.0)
+    private = ec.generate_private_key(ec.SECP384R1())
+    file, authority = tmp_path / "node", Authority(tmp_path, "site")
+    file.write_bytes(private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    public = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    registry.add_member(federation, "mine", tenant="acme", public_key=public)
+    certificate, key = authority.issue("proxy")
+    settings = ProxySettings(
+        listen="127.0.0.1:0",
+        superlink="127.0.0.1:1",
+        certificate=certificate,
+        private_key=key,
+        superlink_insecure=True,
+        root_certificates=None,
+    )
+
+    async def answers() -> list[bool]:
+        ready: asyncio.Queue[None] = asyncio.Queue()
+        with fleet_proxy._listening("127.0.0.1:0") as listener:
+            serving = asyncio.create_task(
+                fleet_proxy._serve(settings, registry, listener, lambda: ready.put_nowait(None))
+            )
+            await ready.get()
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            found = [await asyncio.to_thread(is_out, address, file, authority.file)]
+            registry.revoke_member(federation, "mine")
+            found.append(await asyncio.to_thread(is_out, address, file, authority.file))
+            serving.cancel()
+            with suppress(asyncio.CancelledError):
+                await serving
+        return [*found, is_out(address, file, authority.file), is_out(address, tmp_path / "site-ca.crt", None)]
+
+    # A member's key goes on to the SuperLink, here one that does not answer; then, nobody is there any more.
+    assert asyncio.run(asyncio.wait_for(answers(), 60.0)) == [False, True, False, False]
 
 
 # Who does not go on

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from ipaddress import ip_address
@@ -36,6 +36,7 @@ from lorafleet.coordinator.launch import connection_toml, register, submit
 from lorafleet.coordinator.settings import CoordinatorConfig
 from lorafleet.errors import InvalidInputError, NotFoundError, UnavailableError
 from lorafleet.registry import Registry
+from tests.waiting import wait_until
 
 FILE = """
 [federation]
@@ -370,13 +371,6 @@ with interruptible():
 """
 
 
-def wait_for(done: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @contextmanager
 def submitting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
     """A coordinator in a group of its own, whose ``flwr run`` runs until it is ended."""
@@ -405,11 +399,11 @@ def test_who_asks_twice_to_stop_still_has_the_run_stopped(
 ) -> None:
     with submitting(tmp_path, monkeypatch) as process:
         os.killpg(process.pid, number)
-        wait_for((tmp_path / "begun").exists)
+        wait_until((tmp_path / "begun").exists)
         os.killpg(process.pid, number)
         process.wait(timeout=60)
     assert (tmp_path / "stopped").read_text() == "7"
-    wait_for(lambda: not psutil.pid_exists(int((tmp_path / "run").read_text())))
+    wait_until(lambda: not psutil.pid_exists(int((tmp_path / "run").read_text())))
 
 
 @pytest.mark.process
@@ -417,4 +411,4 @@ def test_who_asks_twice_to_stop_still_has_the_run_stopped(
 def test_a_coordinator_that_is_killed_leaves_no_flwr_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with submitting(tmp_path, monkeypatch) as process:
         process.kill()
-    wait_for(lambda: not psutil.pid_exists(int((tmp_path / "run").read_text())))
+    wait_until(lambda: not psutil.pid_exists(int((tmp_path / "run").read_text())))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -261,7 +261,7 @@ def test_a_commit_stands_where_old_updates_cannot_be_deleted(
 ) -> None:
     here = place(keep_updates=1)
 
-    def fail(self: BlobStore, digest: str) -> None:
+    def fail(self: BlobStore, digests: Sequence[str]) -> None:
         raise UnavailableError("a disk that is read-only")
 
     monkeypatch.setattr(BlobStore, "delete", fail)

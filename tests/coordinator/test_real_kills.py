@@ -10,7 +10,7 @@ import pytest
 from lorafleet.clients.state import read_state
 from tests.coordinator.real_fleet import Shape, digests, kill, real_fleet, undisturbed
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.long]
 # A coordinator holds its lease, and has read the journal, within this from its start; where more processes work than
 # there are cores, each takes so much longer.
 RECOVERY_S = 10.0

@@ -220,6 +220,41 @@ def test_parts_that_are_lost_again_and_again_end_the_reduction() -> None:
         summed(start(Lossy(range(1, 100))))
 
 
+class Dying(Here):
+    """Workers of which one dies at some of the tasks: those that are given its output fail as well."""
+
+    def __init__(self, at: Sequence[int]) -> None:
+        self.at, self.submitted = set(at), 0
+
+    def submit_sized(self, task: Callable[..., tuple[Any, int]], *arguments: Any) -> Done:
+        self.submitted += 1
+        if self.submitted in self.at or any(argument is DEAD for argument in arguments):
+            return Done(DEAD, None)
+        return super().submit_sized(task, *arguments)
+
+    def ended(self, sizes: Sequence[Any], *, wait: bool) -> dict[int, int | None]:
+        # Late, and the last first: what was given a dead task's output is told before that one.
+        return dict(reversed(super().ended(sizes, wait=wait).items())) if wait else {}
+
+
+DEAD = object()
+
+
+@pytest.mark.parametrize("at", [(1,), (2, 3, 9), tuple(range(2, 40, 3))], ids=str)
+def test_a_task_whose_worker_died_runs_again_with_what_it_was_given(at: Sequence[int]) -> None:
+    journal, undisturbed = Journal(), Journal()
+    expected = summed(start(read=undisturbed)).digest
+    workers = Dying(at)
+    assert summed(start(workers, read=journal), shuffled(5)).digest == expected
+    assert workers.submitted > max(at)
+    assert sorted(journal.reads) == sorted(undisturbed.reads)
+
+
+def test_a_task_that_takes_every_worker_down_ends_the_reduction() -> None:
+    with pytest.raises(UnavailableError, match="the same task 6 times"):
+        summed(start(Dying(range(1, 10_000))))
+
+
 @pytest.mark.parametrize("rule", ["exact", "fedit", "hetlora", "rbla", "flora"])
 def test_weights_of_updates_read_one_by_one_are_those_of_all_at_hand(rule: str) -> None:
     adapters = [u.adapter for u in UPDATES.values()]

@@ -51,6 +51,11 @@ def test_a_file_is_read_with_blobs_relative_to_it(tmp_path: Path) -> None:
     assert config.members == {"acme": "acme"}
 
 
+def test_weights_in_an_object_store_stay_under_their_url(tmp_path: Path) -> None:
+    text = GOOD.replace('blobs = "blobs"', 'blobs = "s3://bucket/p?region=eu-west-1"')
+    assert CoordinatorConfig.load(write(tmp_path, text)).blobs == "s3://bucket/p?region=eu-west-1"
+
+
 def test_settings_survive_the_registry(tmp_path: Path) -> None:
     settings = CoordinatorConfig.load(write(tmp_path, GOOD)).federation
     assert FederationSettings.from_dict(settings.to_dict()) == settings

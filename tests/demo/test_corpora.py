@@ -14,7 +14,7 @@ import pytest
 
 from lorafleet.demo.corpora import Corpora, build_corpora
 from lorafleet.demo.corpora import build as build_module
-from lorafleet.demo.corpora.sources import base_corpus_digests, documents, site_packages
+from lorafleet.demo.corpora.sources import base_corpus_digests, documents, required_files, site_packages
 from lorafleet.demo.corpora.sql import sql_script
 from lorafleet.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 
@@ -227,6 +227,20 @@ def test_running_environment_gives_the_sizes_that_the_demo_needs(tmp_path: Path)
         assert 40_000 <= domain.held_out_bytes <= 80_000
     assert read_by_the_base(corpora, site_packages(), base_corpus_digests()) == set()
     assert json.loads((corpora.folder / "corpora.json").read_text())["seed"] == 7
+
+
+def test_packages_that_the_demo_does_not_need_give_it_no_text() -> None:
+    names = required_files(site_packages())
+    packages = {name.partition("/")[0] for name in names}
+    assert {"torch", "sympy", "transformers", "ray"} <= packages
+    assert not {"pytest", "mypy", "hypothesis", "ruff"} & packages
+    for name in random.Random(5).sample(names, 200):
+        assert (site_packages() / name).is_file()
+
+
+def test_folder_without_the_packages_is_told(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"install lorafleet\[demo\]"):
+        required_files(tmp_path)
 
 
 def test_sqlite_scripts_of_the_grammar_run_with_their_foreign_keys_checked() -> None:

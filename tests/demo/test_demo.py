@@ -27,7 +27,11 @@ from lorafleet.demo.run import run_demo
 from lorafleet.demo.settings import DemoSettings
 
 if __name__ == "__main__":
-    short = DemoSettings(rounds=2, training=Training(steps=3), windows=4, burst_requests=16)
+    # Two of the three domains: each owner is a SuperNode, and a process for each of its tasks.
+    short = DemoSettings(
+        domains=("prose", "sql"), ranks=(16, 8, 32, 4), rounds=2, training=Training(steps=2, batch_size=2), windows=2,
+        burst_requests=16,
+    )
     run_demo(Path(sys.argv[1]), settings=short)
 """
 
@@ -75,16 +79,16 @@ def test_the_loop_closes_and_is_reported(finished: tuple[Path, str, int]) -> Non
     assert code == 0, said
     assert said == ""  # progress is for terminals
     report = json.loads((folder / "out" / "report.json").read_text())
-    assert set(report["domains"]) == {"cpp", "prose", "sql"}
+    assert set(report["domains"]) == {"prose", "sql"}
     arms = {"base", "local", "fedit", "federated", "centralised", "routed", "oracle"}
     assert all(set(row) == arms and all(0 < loss < 12 for loss in row.values()) for row in report["domains"].values())
     assert report["aggregation"]["relative_error"] <= 1e-5
     assert [r["round"] for r in report["rounds"]] == [1, 2]
-    assert len(report["rounds"][1]["updates"]) == 6
+    assert len(report["rounds"][1]["updates"]) == 4
     assert {u["rank"] for u in report["rounds"][0]["updates"].values()} == {4, 8, 16, 32}
     serving = report["serving"]
     assert serving["errors"] == 0, serving["first_errors"]
-    assert serving["tenants"] == 6
+    assert serving["tenants"] == 4
     assert serving["distinct_mixes"] >= 10
     assert serving["swaps_while_serving"] >= 1
     assert (folder / "out" / "report.html").stat().st_size > 10_000
@@ -103,7 +107,7 @@ def test_experts_load_with_peft_and_the_engine_gives_its_greedy_tokens(finished:
     from lorafleet.engine import Engine, SamplingParams
     from lorafleet.registry import Registry
 
-    out, prompts = finished[0] / "out", ["SELECT name, ", "template <typename T>\n", "This software is provided "]
+    out, prompts = finished[0] / "out", ["SELECT name, ", "INSERT INTO orders ", "This software is provided "]
     engine = Engine.load("tiny", dtype="float32")
     compared = 0
     with Registry.open(f"sqlite:///{out / 'registry.db'}", out / "blobs") as registry:
@@ -119,15 +123,14 @@ def test_experts_load_with_peft_and_the_engine_gives_its_greedy_tokens(finished:
                     mixes=[{version.adapter: 1.0}],
                     sampling=SamplingParams(max_tokens=24, ignore_eos=True),
                 )
-                ids = torch.tensor([[engine.tokenizer.eos_token_id, *engine.tokenizer(prompt).input_ids]])
-                for token in ours.token_ids:
-                    with torch.no_grad():
-                        logits = model(input_ids=ids).logits[0, -1]
-                    best = logits.topk(2)
+                asked = [engine.tokenizer.eos_token_id, *engine.tokenizer(prompt).input_ids]
+                with torch.no_grad():  # all places at once: what came before each is ours, and was found right
+                    logits = model(input_ids=torch.tensor([asked + list(ours.token_ids)])).logits[0]
+                for token, place in zip(ours.token_ids, logits[len(asked) - 1 : -1], strict=True):
+                    best = place.topk(2)
                     if best.values[0] - best.values[1] < 1e-4:
                         break  # a tie in float32: either is right, and the texts part here
                     assert token == best.indices[0]
-                    ids = torch.cat([ids, best.indices[:1][None]], dim=1)
                     compared += 1
     assert compared >= 100
 

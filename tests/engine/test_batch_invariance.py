@@ -40,23 +40,41 @@ def gap(plain_model: Callable[[], Any], folders: dict[str, Path], mix: dict[str,
     return float(first - second)
 
 
-@pytest.mark.parametrize("crowded", [False, True], ids=["roomy", "short of memory"])
-def test_greedy_tokens_are_the_same_alone_and_in_any_batch(
-    base_folder: Path, adapters: dict[str, Path], plain_model: Callable[[], Any], crowded: bool
-) -> None:
-    limits: dict[str, Any] = {"kv_tokens": 512, "max_batch_tokens": 48} if crowded else {}
+@pytest.fixture(scope="module")
+def alone(base_folder: Path, adapters: dict[str, Path]) -> list[list[int]]:
+    """What each pair gives when nobody else is there."""
+    engine = loaded(base_folder, adapters)
+    return [
+        # A salt of its own: nothing that another pair has computed is reused.
+        engine.submit(prompt, mix=mix, sampling=to_length(TOKENS), salt=str(number)).result().token_ids
+        for number, (prompt, mix) in enumerate(pairs())
+    ]
+
+
+def loaded(base_folder: Path, adapters: dict[str, Path], **limits: Any) -> Engine:
     engine = Engine.load(base_folder, dtype="float32", max_sequences=32, **limits)
     for name, folder in adapters.items():
         engine.add_adapter(name, folder)
+    return engine
+
+
+@pytest.mark.parametrize("crowded", [False, True], ids=["roomy", "short of memory"])
+def test_greedy_tokens_are_the_same_alone_and_in_any_batch(
+    base_folder: Path,
+    adapters: dict[str, Path],
+    plain_model: Callable[[], Any],
+    alone: list[list[int]],
+    crowded: bool,
+) -> None:
+    limits: dict[str, Any] = {"kv_tokens": 512, "max_batch_tokens": 48} if crowded else {}
+    engine = loaded(base_folder, adapters, **limits)
     prompts, mixes = [list(each) for each in zip(*pairs(), strict=True)]
     together = engine.generate(prompts, mixes=mixes, sampling=to_length(TOKENS))
     if crowded:
         assert engine.stats().preemptions_total > 0
     for number, (prompt, mix, batched) in enumerate(zip(prompts, mixes, together, strict=True)):
-        # A salt of its own: nothing that the batch has computed is reused.
-        alone = engine.submit(prompt, mix=mix, sampling=to_length(TOKENS), salt=str(number)).result()
-        for place, (one, other) in enumerate(zip(alone.token_ids, batched.token_ids, strict=True)):
+        for place, (one, other) in enumerate(zip(alone[number], batched.token_ids, strict=True)):
             if one != other:
-                tokens = prompt + alone.token_ids[:place]
+                tokens = prompt + alone[number][:place]
                 assert gap(plain_model, adapters, mix, tokens) < TIE, f"pair {number}, token {place}"
                 break

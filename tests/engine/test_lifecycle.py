@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorafleet.engine import Engine, Generation
+from lorafleet.engine import Engine, Generation, Ticket
 from lorafleet.engine.runner import ModelRunner
 from lorafleet.errors import InvalidInputError, NotFoundError
 from lorafleet.kernels import CostModel
@@ -67,6 +69,21 @@ def test_a_listener_hears_of_every_chunk_and_of_the_end(engine: Engine) -> None:
     ticket.subscribe(listen)
     assert heard[-1] == (8, True) and len(heard) == len(counts) + 1
     assert [token for chunk in ticket.chunks(5) for token in chunk.token_ids] == ticket.result().token_ids[5:]
+
+
+def test_nothing_of_a_request_that_is_over_waits_for_the_garbage_collector(engine: Engine) -> None:
+    def heard() -> weakref.ref[Ticket]:
+        ticket = engine.submit(PROMPTS[0], sampling=to_length(4))
+        ticket.subscribe(lambda: ticket.done and None)
+        ticket.result(timeout_s=60)
+        ticket.subscribe(lambda: ticket.done and None)  # of one that is over already
+        return weakref.ref(ticket)
+
+    gc.disable()
+    try:
+        assert heard()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -119,6 +119,12 @@ def test_shared_prefix_is_computed_once_and_changes_no_token(engine: Engine, ada
     assert after.prompt_tokens_total - before.prompt_tokens_total == 2 * (len(prompts[0]) - 3 * PAGE_TOKENS)
 
 
+def test_a_prompt_that_one_token_answers_is_found_again(engine: Engine) -> None:
+    first = engine.generate([LONG], sampling=to_length(1))
+    assert engine.generate([LONG], sampling=to_length(1))[0].token_ids == first[0].token_ids
+    assert engine.stats().prefix_tokens_total == 3 * PAGE_TOKENS
+
+
 @pytest.mark.parametrize("other", ["mix", "weight", "salt", "version"])
 def test_prefix_of_another_mix_weight_salt_or_version_is_not_used(
     engine: Engine, adapters: dict[str, Path], other: str

@@ -76,7 +76,12 @@ def test_the_compiler_gets_every_source_and_the_flags(compiler: Callable[[str], 
     build(tmp_path / "cache")
     arguments = log.read_text().splitlines()
     assert {"-shared", "-fopenmp", "-mamx-bf16"} <= set(arguments)
-    assert {Path(a).name for a in arguments if a.endswith(".cpp")} == {"attention.cpp", "layout.cpp", "linear.cpp"}
+    assert {Path(a).name for a in arguments if a.endswith(".cpp")} == {
+        "attention.cpp",
+        "layout.cpp",
+        "linear.cpp",
+        "logprobs.cpp",
+    }
 
 
 def test_another_flag_or_source_is_another_file(

@@ -17,8 +17,9 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorafleet.adapters import LoraAdapter, LoraPair
-from lorafleet.errors import InvalidInputError, UnavailableError
+from lorafleet.errors import BackendError, InvalidInputError, UnavailableError
 from lorafleet.registry.blobs import BlobStore
+from lorafleet.registry.local_files import LocalFiles
 from tests.registry.conftest import make_adapter
 
 
@@ -143,6 +144,38 @@ def test_damaged_blob_is_refused_and_put_repairs_it(folder: Path, damage: Callab
     assert blobs.put(adapter) == digest
     assert blobs.read(digest).digest == digest
     assert files(folder) == before
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_weights_that_cannot_be_read_now_are_not_taken_for_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, adopted: bool
+) -> None:
+    blobs, adapter = BlobStore(folder / "blobs"), make_adapter(0)
+    digest = blobs.put(adapter)
+    adapter.save(folder / "given")
+
+    def fail(*_: object) -> None:
+        raise OSError("the network is down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFiles, "held", fail)
+        with (
+            blobs.receive(folder / "given", headers=lambda reader: None, check=lambda path, pair: None) as received,
+            pytest.raises(BackendError, match="network is down"),
+        ):
+            blobs.adopt(received) if adopted else blobs.put(adapter)
+    assert blobs.read(digest).digest == digest
+
+
+def test_a_folder_is_held_only_once_it_is_verified(folder: Path) -> None:
+    blobs = BlobStore(folder)
+    digest = blobs.put(make_adapter(0))
+    with pytest.raises(KeyError), blobs.held(digest) as path:
+        assert LoraAdapter.load(path).digest == digest
+        raise KeyError  # goes through as it is
+    _flip_a_bit(blobs.path(digest))
+    with pytest.raises(BackendError, match="damaged"), blobs.held(digest):
+        pass
 
 
 def test_missing_blob_says_so(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,19 @@ def test_names_that_no_reference_could_hold_are_refused(registry: Registry, name
 def test_fair_share_has_to_be_a_positive_number(registry: Registry, weight: float) -> None:
     with pytest.raises(InvalidInputError, match="weight"):
         registry.create_tenant("third", weight=weight)
+    with pytest.raises(InvalidInputError, match="weight"):
+        registry.set_tenant_weight("rival", weight)
+    assert registry.tenant("rival").weight == 2.0
+
+
+def test_a_changed_weight_is_seen_by_services_and_audited(registry: Registry) -> None:
+    before = registry.revision()
+    assert registry.set_tenant_weight("rival", 5.0, by="ada").weight == 5.0
+    assert registry.tenant("rival").weight == 5.0 and registry.revision() > before
+    (entry,) = [entry for entry in registry.audit("rival") if entry.action == "tenant.weight"]
+    assert (entry.by, entry.details) == ("ada", {"weight": 5.0, "before": 2.0})
+    with pytest.raises(NotFoundError, match="nobody"):
+        registry.set_tenant_weight("nobody", 1.0)
 
 
 def test_base_is_found_by_name_and_by_digest_and_registering_again_changes_nothing(registry: Registry) -> None:
@@ -72,6 +86,7 @@ def test_missing_tenant_and_missing_adapter_answer_with_the_same_words(registry:
         for call in (
             lambda t=tenant, a=adapter: registry.adapter(t, a),
             lambda t=tenant, a=adapter: registry.versions(t, a),
+            lambda t=tenant, a=adapter: registry.newest_number(t, a),
             lambda t=tenant, a=adapter: registry.add_version(t, a, make_adapter(0)),
             lambda t=tenant, a=adapter: registry.aliases(t, a),
         ):
@@ -100,6 +115,7 @@ def test_version_comes_back_as_it_was_given(registry: Registry, clock: Clock) ->
     clock.now = 1234.5
     version = registry.add_version("acme", "sql", weights, lineage=lineage, licence="MIT", state="evaluated")
     assert version == registry.versions("acme", "sql")[0] == registry.resolve("acme/sql:1")
+    assert registry.newest_number("acme", "sql") == 1
     assert version.reference == "acme/sql:1"
     assert (version.digest, version.base_digest, version.rank) == (weights.digest, BASE_DIGEST, 5)
     assert (version.parameters, version.state, version.licence) == (weights.parameters, "evaluated", "MIT")
@@ -135,7 +151,7 @@ def test_weights_whose_product_overflows_are_refused(registry: Registry) -> None
     huge = {MODULES[0]: LoraPair(torch.full((2, 8), 1e30), torch.full((6, 2), 1e30))}
     with pytest.raises(InvalidInputError, match="float32"):
         registry.add_version("acme", "sql", LoraAdapter(huge))
-    assert registry.versions("acme", "sql") == []
+    assert registry.versions("acme", "sql") == [] and registry.newest_number("acme", "sql") == 0
 
 
 def test_weights_of_another_base_are_refused(registry: Registry) -> None:
@@ -236,3 +252,18 @@ def test_revision_grows_with_what_a_watcher_cares_about_and_with_nothing_else(re
         registry.set_alias("acme", "sql", "champion", 9)
     registry.resolve("acme/sql")
     assert registry.revision() == seen[-1]
+
+
+def test_looking_a_version_up_leaves_little_to_the_garbage_collector(registry: Registry) -> None:
+    registry.create_adapter("acme", "sql", base="tiny")
+    registry.add_version("acme", "sql", make_adapter(1))
+    for _ in range(5):  # what is made once
+        registry.resolve("acme/sql")
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            registry.resolve("acme/sql")
+        assert gc.collect() < 10 * 100  # an alias made for each had 360
+    finally:
+        gc.enable()

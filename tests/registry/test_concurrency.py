@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import random
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
 from lorafleet.errors import AlreadyExistsError, LorafleetError, RejectedUpdateError, UnavailableError
-from lorafleet.registry import NewExpert, Registry, UpdateRecord, Version, schema
-from tests.registry.conftest import PostgresServer, make_adapter
+from lorafleet.registry import NewExpert, Registry, UpdateRecord, Version, claims, schema
+from tests.registry.conftest import Clock, PostgresServer, make_adapter
 
 THREADS = 20
 T = TypeVar("T")
@@ -31,9 +35,9 @@ def at_once(work: Callable[[int], T], *, threads: int = THREADS) -> list[T]:
 
 
 @pytest.fixture
-def second(registry: Registry, url: str, folder: Path) -> Iterator[Registry]:
+def second(registry: Registry, url: str, folder: Path, clock: Clock) -> Iterator[Registry]:
     """Another process's view: its own connections, the same database and blobs."""
-    with Registry.open(url, folder / "blobs") as opened:
+    with Registry.open(url, folder / "blobs", clock=clock) as opened:
         yield opened
 
 
@@ -116,6 +120,52 @@ def test_no_update_enters_a_round_after_its_commit_read_the_journal(registry: Re
     assert registry.rounds(federation)[0].state == "committed"
 
 
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_repair_leaves_what_another_one_stored_since_the_damage_was_found(
+    registry: Registry, second: Registry, folder: Path, monkeypatch: pytest.MonkeyPatch, imported: bool
+) -> None:
+    registry.create_adapter("acme", "sql", base="tiny")
+    weights, alone = make_adapter(0), Registry._alone
+    place = registry.path(registry.add_version("acme", "sql", weights))
+    weights.save(folder / "given")
+    os.truncate(place / "adapter_model.safetensors", 100)
+    repaired: list[os.stat_result] = []
+
+    def late(store: Registry, digests: Collection[str]) -> AbstractContextManager[None]:
+        monkeypatch.undo()
+        second.add_version("acme", "sql", weights)
+        repaired.append(place.stat())
+        return alone(store, digests)
+
+    monkeypatch.setattr(Registry, "_alone", late)
+    if imported:
+        registry.import_version("acme", "sql", folder / "given")
+    else:
+        registry.add_version("acme", "sql", weights)
+    assert repaired and os.path.samestat(place.stat(), repaired[0])
+    assert all(registry.load(version).digest == weights.digest for version in second.versions("acme", "sql"))
+
+
+def test_weights_that_many_repair_while_others_collect_are_there_for_each_that_named_them(
+    registry: Registry, second: Registry
+) -> None:
+    registry.create_adapter("acme", "sql", base="tiny")
+    weights = make_adapter(0)
+    place = registry.path(registry.add_version("acme", "sql", weights))
+
+    def act(index: int) -> None:
+        store = (registry, second)[index % 2]
+        if index < 2:
+            assert store.collect_garbage(older_than_s=0.0).deleted == ()
+        else:
+            version = store.add_version("acme", "sql", weights)
+            assert store.load(version).digest == weights.digest
+
+    for _ in range(5):
+        os.truncate(place / "adapter_model.safetensors", 100)
+        at_once(act, threads=8)
+
+
 def test_watcher_that_sees_a_revision_sees_every_change_up_to_it(registry: Registry, second: Registry) -> None:
     registry.create_adapter("acme", "sql", base="tiny")
     before = registry.revision()
@@ -185,6 +235,39 @@ def test_every_verb_on_one_adapter_at_once_ends_without_deadlock(registry: Regis
     numbers = {version.number: version.state for version in registry.versions("acme", "sql")}
     assert registry.aliases("acme", "sql")["champion"] in numbers
     assert "retired" not in {numbers[number] for number in registry.aliases("acme", "sql").values()}
+
+
+# On SQLite a writer is alone.
+@pytest.mark.parametrize("url", [pytest.param("postgresql", marks=pytest.mark.postgres)], indirect=True)
+def test_claims_and_holds_are_made_renewed_and_forgotten_at_once_without_deadlock(
+    registry: Registry, second: Registry, clock: Clock
+) -> None:
+    until = time.monotonic() + 1.0
+    known = [make_adapter(seed, rank=1).digest for seed in range(12)]
+
+    def act(index: int) -> None:
+        chance, store = random.Random(index), (registry, second)[index % 2]
+        while time.monotonic() < until:
+            # In another order on the disk each time, and all of it is over at once.
+            some = chance.sample(known, 6)
+            if index % 4 == 0:
+                store.collect_garbage(older_than_s=0.0)
+            elif index % 4 == 1:
+                store.release("service", keep=some[:3])
+            elif index % 4 == 2:
+                store.hold("service", some, for_s=0.0)
+            else:
+                with store._database.write() as session:
+                    claim = claims.take(session, some, clock.now - claims.LASTS_S)
+                with store._database.write() as session:
+                    claims.begin_deleting(session, known[:6], clock.now)
+                with store._database.write() as session:
+                    claims.release(session, claim)
+
+    at_once(act, threads=8)
+    registry.hold("service", known, for_s=1.0)
+    with registry._database.read() as session:
+        assert claims.unreferenced(session, known, clock.now) == []
 
 
 def test_new_database_opened_at_once_is_migrated_once(url: str, folder: Path) -> None:

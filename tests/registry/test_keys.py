@@ -10,15 +10,16 @@ from sqlalchemy import text
 
 from lorafleet.errors import (
     AlreadyExistsError,
+    BackendError,
     InvalidInputError,
     NotFoundError,
     PermissionDeniedError,
     UnauthenticatedError,
-    UnavailableError,
     UnknownNameError,
     grpc_status,
 )
 from lorafleet.registry import Registry, keys, pepper
+from lorafleet.registry.blobs import BlobStore
 from lorafleet.registry.database import make_engine, parse_url
 from tests.registry.conftest import Clock
 from tests.registry.test_concurrency import at_once
@@ -80,19 +81,24 @@ def test_scopes_are_kept_in_order_and_each_once() -> None:
 
 
 def test_a_pepper_is_made_once_and_is_its_users_alone(tmp_path: Path) -> None:
-    read = at_once(lambda _: pepper.read_or_make(tmp_path))
+    blobs = BlobStore(tmp_path)
+    read = at_once(lambda _: pepper.read_or_make(blobs))
     assert len(set(read)) == 1 and len(read[0]) == 32
-    (file,) = tmp_path.iterdir()
+    (file,) = set(tmp_path.iterdir()) - {tmp_path / name for name in ("sha256", "incoming", "incoming.lock")}
+    assert list((tmp_path / "incoming").iterdir()) == []
     assert file.name == "pepper" and file.stat().st_mode & 0o777 == 0o600 and file.read_bytes() == read[0]
 
 
 def test_a_damaged_pepper_is_an_error_and_stays_as_it_is(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
     (tmp_path / "pepper").write_bytes(b"short")
-    with pytest.raises(UnavailableError, match="has 5 bytes, expected 32"):
-        pepper.read_or_make(tmp_path)
+    with pytest.raises(BackendError, match="has 5 bytes, expected 32"):
+        pepper.read_or_make(blobs)
     assert (tmp_path / "pepper").read_bytes() == b"short"
-    with pytest.raises(UnavailableError, match="cannot be used"):
-        pepper.read_or_make(tmp_path / "pepper")
+    (tmp_path / "pepper").unlink()
+    (tmp_path / "pepper").mkdir()
+    with pytest.raises(BackendError, match="cannot be used"):
+        pepper.read_or_make(blobs)
 
 
 # Keys of a registry
@@ -122,7 +128,7 @@ def test_everything_that_opens_nothing_is_answered_alike(registry: Registry, clo
     expired = registry.create_key("acme", expires_at=clock.now + 60).token
     registry.authenticate(expired)
     clock.now += 60
-    other = registry.create_key("rival").token.rpartition("_")[2]
+    other = registry.create_key("rival").token.split("_", 2)[2]
     said = set()
     bad_tokens = [
         *("", "x", "lf_", GIVEN, "\0" * 20, "\ud800" * 20, "x" * 10**6),
@@ -170,7 +176,7 @@ def test_the_database_holds_neither_secrets_nor_the_pepper(registry: Registry, u
         rows = repr(connection.execute(text("SELECT * FROM keys")).all())
         rows += repr(connection.execute(text("SELECT * FROM audit")).all())
     engine.dispose()
-    assert token.rpartition("_")[2] not in rows and GIVEN not in rows
+    assert token.split("_", 2)[2] not in rows and GIVEN not in rows
     secret = (folder / "blobs" / "pepper").read_bytes()
     assert secret.hex() not in rows
     # And without it the rows open nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lorafleet.errors import (
     RejectedUpdateError,
     UnavailableError,
 )
-from lorafleet.registry import Federation, NewExpert, Registry, UpdateKey, UpdateRecord
+from lorafleet.registry import Federation, NewExpert, Registry, UpdateKey, UpdateRecord, claims
 from lorafleet.registry.blobs import BlobStore
 from lorafleet.registry.database import Database, make_engine, parse_url
 from tests.registry.conftest import Clock, make_adapter
@@ -177,10 +178,35 @@ def test_an_invitation_makes_one_member_once(registry: Registry, federation: Fed
     assert (used.accepted_at, used.member) == (1059.0, "a")
 
 
+def test_an_invitation_that_is_taken_back_opens_nothing_and_is_in_the_audit(
+    registry: Registry, federation: Federation
+) -> None:
+    (kept, _), (gone, token) = (registry.invite(federation, tenant="rival", for_s=60.0) for _ in range(2))
+    assert registry.withdraw_invitation(federation, gone.code, by="ada") == gone
+    assert registry.invitations(federation) == [kept]
+    with pytest.raises(NotFoundError, match="is not there, or is not yours"):
+        registry.accept_invitation(token, key="a", public_key=KEY)
+    other = registry.create_federation("acme", "other", base="tiny", settings={})
+    for where, code in ((federation, gone.code), (other, kept.code), (federation, ""), (federation, "../x")):
+        with pytest.raises(NotFoundError):
+            registry.withdraw_invitation(where, code)
+    entry = registry.audit("acme")[-1]
+    assert (entry.action, entry.subject, entry.by) == ("invitation.withdraw", gone.code, "ada")
+    assert entry.details == {"federation": federation.reference, "invited": "rival"}
+
+
+def test_an_invitation_that_was_accepted_is_not_taken_back(registry: Registry, federation: Federation) -> None:
+    invitation, token = registry.invite(federation, tenant="rival", for_s=60.0)
+    registry.accept_invitation(token, key="a", public_key=KEY)
+    with pytest.raises(InvalidInputError, match="accepted by 'a'; revoke that member instead"):
+        registry.withdraw_invitation(federation, invitation.code)
+    assert len(registry.invitations(federation)) == 1
+
+
 def test_what_is_no_invitation_always_gets_the_same_answer(registry: Registry, federation: Federation) -> None:
     invitation, token = registry.invite(federation, tenant="rival", for_s=60.0)
     other = registry.invite(federation, tenant="acme", for_s=60.0).token
-    secret = other.rpartition("_")[2]
+    secret = other.split("_", 2)[2]
     said = set()
     for bad in ("", "lfi", f"lfi_{invitation.code}_", f"lfi_{invitation.code}_{secret}", token[:-1], token + "x",
                 token.replace("lfi", "key"), f"lfi_{'0' * 16}_{secret}", "lfi_é_x", "\ud800"):  # fmt: skip
@@ -275,21 +301,21 @@ def test_factors_of_older_rounds_go_and_their_journal_stays(
 ) -> None:
     clock.now = 5000.0
     before = registry.journal(three_rounds)
-    assert registry.drop_factors(three_rounds, through=2, keep=[UpdateKey("b", 2, 1)])
+    registry.drop_factors(three_rounds, through=2, keep=[UpdateKey("b", 2, 1)])
     assert dropped(registry, three_rounds) == {("a", 1), ("b", 1), ("a", 2)}
     after = registry.journal(three_rounds)
     assert [replace(update, dropped_at=None) for update in after] == before
     assert {update.dropped_at for update in after} == {None, 5000.0}
     stored = {path.name for path in (folder / "blobs" / "sha256").glob("*/*")}
     assert {f"sha256:{name}" for name in stored} == {make_adapter(seed).digest for seed in (4, 5, 6, 7, 101, 102, 103)}
-    assert registry.drop_factors(three_rounds, through=2)
+    registry.drop_factors(three_rounds, through=2)
     assert dropped(registry, three_rounds) == {("a", 1), ("b", 1), ("a", 2), ("b", 2)}
 
 
 def test_what_did_not_count_goes_only_where_it_never_will(registry: Registry, three_rounds: Federation) -> None:
-    assert registry.drop_factors(three_rounds, through=3)
+    registry.drop_factors(three_rounds, through=3)
     assert ("c", 3) not in dropped(registry, three_rounds)
-    assert registry.drop_factors(three_rounds, through=3, uncounted=True)
+    registry.drop_factors(three_rounds, through=3, uncounted=True)
     assert ("c", 3) in dropped(registry, three_rounds)
 
 
@@ -304,20 +330,25 @@ def test_weights_that_something_else_names_stay(registry: Registry, federation: 
     commit(registry, federation, 1, seed=2, a=1, b=2, c=3, d=4)
     assert registry.record_update(registry.open_round(other, 1), accepted("a", 3))
     commit(registry, federation, 2, seed=5, a=4)
-    assert registry.drop_factors(federation, through=1)
+    registry.drop_factors(federation, through=1)
     assert all(BlobStore(folder / "blobs").path(make_adapter(seed).digest).is_dir() for seed in (1, 2, 3, 4, 5))
-    assert registry.drop_factors(federation, through=2)
+    registry.drop_factors(federation, through=2)
     assert not BlobStore(folder / "blobs").path(make_adapter(4).digest).exists()
     assert registry.load(registry.resolve("acme/imported")).digest == make_adapter(1).digest
 
 
-def test_nothing_is_deleted_while_somebody_stores_weights(
-    registry: Registry, three_rounds: Federation, folder: Path
+def test_weights_that_somebody_is_about_to_name_stay(
+    registry: Registry, three_rounds: Federation, folder: Path, clock: Clock
 ) -> None:
-    with BlobStore(folder / "blobs").naming():  # as another process
-        assert not registry.drop_factors(three_rounds, through=3)
-    assert dropped(registry, three_rounds) == set()
-    assert registry.drop_factors(three_rounds, through=3)
+    weights = BlobStore(folder / "blobs").path(make_adapter(1).digest)
+    with registry._storing([make_adapter(1).digest]):  # as another process
+        registry.drop_factors(three_rounds, through=3)
+        assert weights.is_dir() and not BlobStore(folder / "blobs").path(make_adapter(2).digest).exists()
+    assert ("a", 1) in dropped(registry, three_rounds)
+    assert registry.collect_garbage(older_than_s=0.0).deleted == ()
+    clock.now += claims.LASTS_S  # and never did
+    assert registry.collect_garbage(older_than_s=0.0).deleted == (make_adapter(1).digest,)
+    assert not weights.exists()
 
 
 def test_weights_that_come_again_while_they_are_deleted_are_there(registry: Registry, three_rounds: Federation) -> None:
@@ -345,17 +376,16 @@ def test_a_crash_between_weights_and_journal_is_made_good_by_the_next_call(
 ) -> None:
     delete = BlobStore.delete
 
-    def crash(self: BlobStore, digest: str) -> None:
-        delete(self, digest)
-        if digest == make_adapter(2).digest:
-            raise KeyboardInterrupt
+    def crash(self: BlobStore, digests: Sequence[str]) -> None:
+        delete(self, digests)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(BlobStore, "delete", crash)
         with pytest.raises(KeyboardInterrupt):
             registry.drop_factors(three_rounds, through=1)
     assert {update.dropped_at for update in registry.journal(three_rounds)} == {None}
-    assert registry.drop_factors(three_rounds, through=1)
+    registry.drop_factors(three_rounds, through=1)
     assert dropped(registry, three_rounds) == {("a", 1), ("b", 1)}
 
 

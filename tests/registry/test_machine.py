@@ -20,7 +20,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lorafleet.adapters import LoraAdapter
 from lorafleet.errors import (
     AlreadyExistsError,
     InvalidInputError,
@@ -32,7 +31,6 @@ from lorafleet.errors import (
 from lorafleet.registry import Registry, Version
 from tests.registry.conftest import make_adapter
 
-WEIGHTS: list[LoraAdapter] = [make_adapter(seed, rank=1) for seed in range(4)]
 TENANTS = ("a", "b", "c")
 USABLE = ("staged", "evaluated")
 
@@ -51,6 +49,9 @@ class Model:
     losses: dict[int, dict[str, float]] = field(default_factory=dict)
     stacks: dict[str, list[int]] = field(default_factory=dict)
     """Alias → where it pointed, the last being where it does."""
+    seeds: list[int] = field(default_factory=list)
+    """Of each version's weights"""
+    purged: set[int] = field(default_factory=set)
 
     def state(self, number: int) -> str:
         if number > len(self.states):
@@ -112,6 +113,10 @@ class Machine(RuleBasedStateMachine):
         self.keys: dict[str, tuple[str, str, bool]] = {}
         """Token → tenant, key id, whether it opens."""
         self.changed = False
+        self.weights = [make_adapter(4 * run + seed, rank=1) for seed in range(4)]
+        """Of this run alone, so that nobody else names them."""
+        self.service = f"service-{run}"
+        self.held: set[str] = set()
 
     def expect(self, model: Callable[[], Any], real: Callable[[], Any]) -> None:
         """Both give the same, or raise the same kind of error; what fails changes no revision."""
@@ -162,10 +167,11 @@ class Machine(RuleBasedStateMachine):
 
         def add() -> int:
             self.adapters[adapter].states.append("staged")
+            self.adapters[adapter].seeds.append(seed)
             return len(self.adapters[adapter].states)
 
         self.expect(create, lambda: self.ignore(self.registry.create_adapter(self.own[tenant], name, base="tiny")))
-        self.expect(add, lambda: self.registry.add_version(self.own[tenant], name, WEIGHTS[seed]).number)
+        self.expect(add, lambda: self.registry.add_version(self.own[tenant], name, self.weights[seed]).number)
 
     @rule(
         adapter=adapters,
@@ -186,6 +192,8 @@ class Machine(RuleBasedStateMachine):
             if (verb == "retire" and pointing) or (verb == "restore" and old in USABLE):
                 raise InvalidInputError
             measured = "evaluated" if number in found.losses else "staged"
+            if number in found.purged and (verb == "restore" or (verb == "set" and state in USABLE)):
+                raise NotFoundError
             new = {"retire": "retired", "quarantine": "quarantined", "restore": measured, "set": state}[verb]
             found.states[number - 1] = new
             return {alias: found.back(alias) for alias in pointing} if verb == "quarantine" else new
@@ -273,6 +281,48 @@ class Machine(RuleBasedStateMachine):
 
         self.expect(model, lambda: self.ignore(self.registry.revoke_key(self.own[tenant], key_id)))
 
+    @rule(
+        verb=st.sampled_from(["crash", "hold", "release", "collect", "collect", "purge", "purge"]),
+        seed=st.integers(0, 3),
+    )
+    def tidy(self, verb: str, seed: int) -> None:
+        digest = self.weights[seed].digest
+        if verb == "crash":  # after weights were stored, and before they were named
+            self.registry._blobs.put(self.weights[seed])
+        elif verb == "hold":
+            self.registry.hold(self.service, [digest], for_s=1.0)
+            self.held.add(digest)
+        elif verb == "release":
+            self.registry.release(self.service)
+            self.held.clear()
+        else:
+            self.collect(purge=verb == "purge")
+
+    def collect(self, *, purge: bool) -> None:
+        mine = {weights.digest for weights in self.weights}
+        expected = []
+        for (tenant, name), adapter in sorted(self.adapters.items()) if purge else ():
+            for number, state in enumerate(adapter.states, start=1):
+                pointed_at = any(stack[-1] == number for stack in adapter.stacks.values())
+                held = self.weights[adapter.seeds[number - 1]].digest in self.held
+                if state not in USABLE and number not in adapter.purged and not (pointed_at or held):
+                    adapter.purged.add(number)
+                    expected.append(f"{self.own[tenant]}/{name}:{number}")
+        age = 0.0 if purge else None
+        said = self.registry.collect_garbage(older_than_s=0.0, retired_older_than_s=age, dry_run=True)
+        assert self.registry.collect_garbage(older_than_s=0.0, retired_older_than_s=age) == said
+        assert [each for each in said.purged if each.partition("/")[0] in self.own.values()] == expected
+        needed = self.held | {
+            self.weights[seed].digest
+            for adapter in self.adapters.values()
+            for number, seed in enumerate(adapter.seeds, start=1)
+            if number not in adapter.purged
+        }
+        stored = {blob.digest for blob in self.registry._blobs.stored()} & mine
+        # What was held may never have been stored.
+        assert stored <= needed and needed - stored <= self.held
+        self.changed = True
+
     # What is seen
 
     @precondition(lambda self: self.changed)
@@ -289,7 +339,12 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for (tenant, name), adapter in self.adapters.items():
-            assert [v.state for v in self.registry.versions(self.own[tenant], name)] == adapter.states
+            versions = self.registry.versions(self.own[tenant], name)
+            assert [v.state for v in versions] == adapter.states
+            assert {v.number for v in versions if v.purged_at is not None} == adapter.purged
+            for version in versions:
+                if version.number not in adapter.purged:
+                    assert self.registry.load(version).digest == version.digest
             found = self.registry.aliases(self.own[tenant], name)
             assert found == {alias: stack[-1] for alias, stack in adapter.stacks.items()}
         for token, (tenant, key_id, opens) in self.keys.items():
@@ -299,6 +354,7 @@ class Machine(RuleBasedStateMachine):
                 assert not opens
             else:
                 assert opens and (key.tenant, key.key_id) == (self.own[tenant], key_id)
+        self.registry.release(self.service)
         for tenant, name, to in self.grants:
             self.registry.revoke_grant(self.own[tenant], name, to=to and self.own[to])
 

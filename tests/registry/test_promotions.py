@@ -10,6 +10,7 @@ import pytest
 from lorafleet.errors import InvalidInputError, NotFoundError, PromotionRefusedError, grpc_status
 from lorafleet.registry import Evaluation, NewExpert, Registry, Version
 from lorafleet.registry.aliases import steps_back
+from lorafleet.registry.evaluations import OWNER
 from lorafleet.registry.promotions import compare
 from tests.registry.conftest import Clock, make_adapter
 from tests.registry.test_concurrency import at_once
@@ -55,6 +56,14 @@ def test_without_common_members_everybody_counts_and_without_a_measurement_nothi
         assert not compare(*pair).better
 
 
+def test_what_the_tenant_measured_is_compared_with_its_own_measurement_alone() -> None:
+    own = [Evaluation(OWNER, 1.0, 100, 0.0)]
+    assert compare(own, [Evaluation(OWNER, 1.5, 100, 0.0)]) == (1.0, 1.5, 1)
+    assert compare(own, measured(a=1.5)) == (None, 1.5, 0)
+    assert compare([*own, *measured(a=2.0)], measured(a=1.5)) == (2.0, 1.5, 1)
+    assert compare([*own, *measured(a=1.0)], measured(b=1.5)) == (1.0, 1.5, 0)
+
+
 def test_one_member_does_not_decide_alone() -> None:
     assert not compare(measured(a=-1e9, b=3.0, c=3.0), measured(a=2.0, b=2.0, c=2.0)).better
     assert compare(measured(a=1e9, b=1.0, c=1.0), measured(a=2.0, b=2.0, c=2.0)).better
@@ -81,6 +90,29 @@ def test_a_better_version_is_promoted(registry: Registry, versions: list[Version
     made = registry.promote(versions[1])
     assert made == (versions[1], "champion", 1, 1.75, 2.5, 2)
     assert champion(registry) == 2 and registry.revision() > before
+
+
+def test_a_tenants_own_measurement_promotes_what_it_imported(registry: Registry, versions: list[Version]) -> None:
+    for version, loss in zip(versions, (2.0, 3.0, 1.5), strict=False):
+        registry.evaluate(version, loss=9.0, tokens=100, by="ada")
+        registry.evaluate(version, loss=loss, tokens=100, by="ada")  # the last one counts
+    assert [e.loss for e in registry.evaluations(versions[0])] == [2.0]
+    with pytest.raises(PromotionRefusedError, match=r"3\.0000.*2\.0000"):
+        registry.promote(versions[1])
+    assert registry.promote(versions[2]).loss == 1.5
+    entry = next(entry for entry in reversed(registry.audit("acme")) if entry.action == "version.evaluate")
+    assert (entry.by, entry.subject, entry.details) == ("ada", "acme/sql:3", {"loss": 1.5, "tokens": 100})
+
+
+def test_what_a_federation_made_is_not_the_tenants_to_measure(registry: Registry) -> None:
+    federation = registry.create_federation("acme", "fed", base="tiny", settings={})
+    opened = registry.open_round(federation, 1)
+    (version,) = registry.commit_round(opened, [NewExpert("shared", make_adapter(1), "exact")], report={})
+    with pytest.raises(InvalidInputError, match="members measure"):
+        registry.evaluate(version, loss=1.0, tokens=10)
+    for tokens in (0, 2**53 + 1):
+        with pytest.raises(InvalidInputError, match="expected a finite loss"):
+            registry.record_evaluation(version, member="m", loss=1.0, tokens=tokens)
 
 
 def test_a_worse_or_unmeasured_version_is_refused_with_both_losses(registry: Registry, versions: list[Version]) -> None:

@@ -133,6 +133,21 @@ def test_a_block_is_taken_used_and_given_back(registry: Registry, clock: Clock) 
     assert taken(registry, "rival") == {}
 
 
+def test_use_that_no_limit_held_back_goes_on_record_in_an_overdrawn_window(registry: Registry) -> None:
+    registry.set_quota("acme", Quota(requests_per_minute=10, tokens_per_minute=100))
+    block = registry.lease_usage("acme", requests=1, tokens=100)
+    registry.settle_usage(block, requests=1, prompt_tokens=100, generated_tokens=150)
+    nothing = registry.lease_usage("acme", requests=0, tokens=0)
+    assert (nothing.requests, nothing.tokens) == (0, 0)
+    requests = registry.lease_usage("acme", requests=3, tokens=50, least_tokens=0)
+    assert (requests.requests, requests.tokens) == (3, 0)
+    with pytest.raises(QuotaExceededError, match="tokens_per_minute of 100"):
+        registry.lease_usage("acme", requests=0, tokens=1)
+    registry.settle_usage(nothing, requests=2, prompt_tokens=30, generated_tokens=20)
+    minute = registry.usage("acme")[0]
+    assert (minute.requests, minute.prompt_tokens, minute.generated_tokens) == (3, 130, 170)
+
+
 def test_a_block_is_settled_once_and_only_by_its_tenant(registry: Registry) -> None:
     block = registry.lease_usage("acme", requests=5, tokens=100)
     registry.settle_usage(replace(block, tenant="rival"), requests=1, prompt_tokens=1, generated_tokens=1)

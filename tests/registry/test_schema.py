@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lorafleet.errors import InvalidInputError, UnavailableError
 from lorafleet.registry import Quota, Registry, schema
 from lorafleet.registry.database import Database, make_engine, parse_url
 from lorafleet.registry.tables import Base
-from tests.registry.conftest import make_adapter
+from tests.registry.conftest import Clock, make_adapter
 
 
 def execute(url: str, *statements: str) -> None:
@@ -75,7 +76,7 @@ def test_check_names_what_differs(url: str) -> None:
     schema.upgrade(url)
     execute(url, "ALTER TABLE tenants ADD COLUMN extra INTEGER", "UPDATE alembic_version SET version_num = '0000'")
     revision, tables = schema.check(url)
-    assert "found 0000, expected 0006" in revision
+    assert "found 0000, expected 0007" in revision
     assert "extra" in tables
 
 
@@ -198,9 +199,9 @@ HISTORY: list[tuple[str, dict[str, Any]]] = [
                  "expert_digest": "", "steps": 0, "seconds": 0, "counted_in": 1, "share": None, "dropped_at": None}),
     *(
         ("versions", {"id": 100 + number, "tenant_id": 101, "adapter_id": 101, "number": number,
-                      "digest": "sha256:" + str(number) * 64, "rank": 2, "parameters": 10, "state": "staged",
+                      "digest": "sha256:" + str(number) * 64, "rank": 2, "parameters": 10, "state": state,
                       "licence": "", "lineage": None, "round_id": None, "created_at": 2})
-        for number in (1, 2, 3)
+        for number, state in enumerate(("staged", "staged", "staged", "retired"), start=1)
     ),
     ("versions", {"id": 109, "tenant_id": 101, "adapter_id": 102, "number": 1, "digest": "sha256:" + "9" * 64,
                   "rank": 2, "parameters": 10, "state": "evaluated", "licence": "MIT", "round_id": 101, "created_at": 3,
@@ -209,6 +210,22 @@ HISTORY: list[tuple[str, dict[str, Any]]] = [
     ("aliases", {"adapter_id": 102, "name": "champion", "tenant_id": 101, "number": 1, "moved_at": 3}),
     ("evaluations", {"id": 101, "tenant_id": 101, "version_id": 102, "member": "k", "loss": 1.5, "tokens": 7,
                      "created_at": 3}),
+    # Of revision 6. Moves are read in the order of their ids.
+    ("alias_moves", {"id": -1, "tenant_id": 101, "adapter_id": 101, "alias": "champion", "number": 2, "moved_at": 3,
+                     "undone_at": None}),
+    ("alias_moves", {"id": -2, "tenant_id": 101, "adapter_id": 102, "alias": "champion", "number": 1, "moved_at": 3,
+                     "undone_at": None}),
+    ("cards", {"version_id": 102, "tenant_id": 101, "text": "# SQL"}),
+    ("keys", {"id": 101, "tenant_id": 102, "key_id": "a" * 12, "name": "n", "scopes": "infer", "mac": "b" * 64,
+              "created_at": 3, "expires_at": None, "revoked_at": 4}),
+    ("grants", {"id": 101, "tenant_id": 101, "adapter_id": 102, "to_tenant_id": None, "granted_at": 3}),
+    ("quotas", {"tenant_id": 101, "requests_per_minute": 5, "tokens_per_minute": None, "concurrent_requests": None,
+                "adapters": 9, "budget_tokens": 1, "budget_period_s": 60}),
+    ("usage", {"tenant_id": 101, "period_s": 60, "starts_at": 0, "taken_requests": 1, "taken_tokens": 2, "requests": 1,
+               "prompt_tokens": 1, "generated_tokens": 1}),
+    ("usage_blocks", {"id": 101, "tenant_id": 101, "requests": 1, "tokens": 2, "windows": "{}", "taken_at": 1}),
+    ("audit", {"id": 101, "tenant_id": 101, "at": 3, "by": "ada", "action": "version.add", "subject": "acme/sql:1",
+               "details": "{}"}),
 ]  # fmt: skip
 
 
@@ -234,7 +251,7 @@ def rows(url: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005", "0006"])
 def test_every_past_revision_is_upgraded_with_what_is_in_it(url: str, folder: Path, revision: str) -> None:
     with schema._exclusive(parse_url(url)) as connection:
         command.upgrade(schema.migrations_config(connection), revision)
@@ -254,7 +271,9 @@ def test_every_past_revision_is_upgraded_with_what_is_in_it(url: str, folder: Pa
     )
     before = rows(url)
     assert {table for table, found in before.items() if found} == {table for table, _ in written}
-    with Registry.open(url, folder / "blobs", clock=lambda: 5.0) as registry:
+    clock = Clock()
+    clock.now = 5.0
+    with Registry.open(url, folder / "blobs", clock=clock) as registry:
         assert schema.check(url) == []
         after = rows(url)
         for table, old in before.items():
@@ -264,13 +283,14 @@ def test_every_past_revision_is_upgraded_with_what_is_in_it(url: str, folder: Pa
             old = [{name: value for name, value in row.items() if name not in changed} for row in old]
             assert sorted(kept, key=sort_key) == sorted(old, key=sort_key), table
         new = {name for name in after if name not in before} - {"leases", "invitations"}
-        assert new == {"alias_moves", "audit", "cards", "grants", "keys", "quotas", "usage", "usage_blocks"}
+        sixth = {"alias_moves", "audit", "cards", "grants", "keys", "quotas", "usage", "usage_blocks"}
+        assert new == {"base_shapes", "blob_claims", "engine_holds"} | (sixth if revision < "0006" else set())
         assert [(row["adapter_id"], row["alias"], row["number"]) for row in after["alias_moves"]] == [
             (101, "champion", 2), (102, "champion", 1),
         ]  # fmt: skip
         assert not any(after[table] for table in new - {"alias_moves"})
         # And all of it is used.
-        first, second, third = registry.versions("acme", "sql")
+        first, second, third, fourth = registry.versions("acme", "sql")
         assert [v.reference for v in registry.live("rival")] == ["acme/shared:1"]
         registry.record_evaluation(third, member="k", loss=1.25, tokens=7)
         assert registry.promote(third).loss_before == 1.5
@@ -282,6 +302,11 @@ def test_every_past_revision_is_upgraded_with_what_is_in_it(url: str, folder: Pa
                               generated_tokens=1)  # fmt: skip
         assert registry.authenticate(registry.create_key("rival").token).tenant == "rival"
         assert registry.journal(registry.federation("acme", "f"))[0].counted_in == 1
+        # A version that was retired before is so from the upgrade on.
+        assert registry.collect_garbage(older_than_s=0.0, retired_older_than_s=60.0).purged == ()
+        clock.now = time.time() + 100.0
+        found = registry.collect_garbage(older_than_s=0.0, retired_older_than_s=60.0, dry_run=True)
+        assert fourth.reference in found.purged
 
 
 def sort_key(row: dict[str, Any]) -> str:
@@ -302,6 +327,7 @@ def sort_key(row: dict[str, Any]) -> str:
         "UPDATE grants SET tenant_id = (SELECT id FROM tenants WHERE name = 'rival')",
         "UPDATE grants SET to_tenant_id = tenant_id",
         "UPDATE quotas SET budget_tokens = 5",
+        "UPDATE versions SET purged_at = 5",
     ],
 )
 def test_database_itself_refuses_rows_that_break_the_model(registry: Registry, url: str, statement: str) -> None:

@@ -17,9 +17,10 @@ def test_a_server_that_is_not_there_is_named() -> None:
         client.list_adapters()
 
 
-def test_the_client_needs_neither_torch_nor_a_database() -> None:
+@pytest.mark.parametrize("module", ["api_client", "adapters_client"])
+def test_the_client_needs_neither_torch_nor_a_database(module: str) -> None:
     code = (
-        "import sys, lorafleet.api_client;"
+        f"import sys, lorafleet.{module};"
         "print([m for m in ('torch', 'transformers', 'sqlalchemy', 'flwr', 'ray') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

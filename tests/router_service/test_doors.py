@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import threading
 import time
@@ -17,20 +18,23 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from lorafleet.errors import UnauthenticatedError
+from lorafleet.proto.registry.v1 import adapters_pb2
 from lorafleet.proto.router.v1 import router_pb2, router_pb2_grpc
-from lorafleet.registry import Registry
+from lorafleet.registry import Registry, keys
 from lorafleet.router_service import grpc_door
 from lorafleet.router_service.http import door as http_door
 from lorafleet.router_service.http.app import HttpApp
+from lorafleet.router_service.origins import origin
 from lorafleet.router_service.server import Server
 from tests.router_service.conftest import Connect, Fleet, Serve, bearer
 
 METHODS: list[MethodDescriptor] = [
     method
-    for file in (router_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
+    for file in (router_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
     for method in service.methods
 ]
+SCOPES = {method: grpc_door.scope_of(f"{method.containing_service.full_name}/{method.name}") for method in METHODS}
 REFUSED = {"anonymous", "malformed", "wrong secret", "expired", "revoked"}
 
 
@@ -83,33 +87,46 @@ def test_every_service_has_an_entry_at_the_door(server: Server, fleet: Fleet) ->
     assert health_pb2.DESCRIPTOR.services_by_name["Health"].full_name == grpc_door.OPEN
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_every_grpc_method_asks_for_a_key_that_opens_it(
-    server: Server, tokens: dict[str, str | None], method: MethodDescriptor
+    server: Server, fleet: Fleet, tokens: dict[str, str | None]
 ) -> None:
-    words = set()
-    for kind, token in tokens.items():
-        if kind not in REFUSED and grpc_door.SCOPES[method.containing_service.full_name] is None:
-            continue  # any key
-        with pytest.raises(grpc.RpcError) as caught:
-            call(server, method, () if token is None else bearer(token))
-        expected = grpc.StatusCode.UNAUTHENTICATED if kind in REFUSED else grpc.StatusCode.PERMISSION_DENIED
-        assert caught.value.code() == expected, kind
-        if kind in REFUSED - {"anonymous"}:
-            words.add(caught.value.details())
-    assert len(words) == 1
+    opens = {scope: fleet.token("acme", scope) for scope in keys.SCOPES}
+    for method, needed in SCOPES.items():
+        words = set()
+        for kind in REFUSED:
+            token = tokens[kind]
+            with pytest.raises(grpc.RpcError) as caught:
+                call(server, method, () if token is None else bearer(token))
+            assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED, (method.name, kind)
+            if kind != "anonymous":
+                words.add(caught.value.details())
+        assert len(words) == 1, method.name
+        for scope in opens.keys() - {needed, "admin"} if needed is not None else ():
+            with pytest.raises(grpc.RpcError) as caught:
+                call(server, method, bearer(opens[scope]))
+            assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED, (method.name, scope)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 # Far deadlines are rounded on the wire.
 @pytest.mark.parametrize(("timeout", "found"), [(None, "no deadline"), (3600.0, r"a deadline 36\d\d s away")])
 def test_every_grpc_method_asks_for_a_deadline_within_the_limit(
-    server: Server, fleet: Fleet, method: MethodDescriptor, timeout: float | None, found: str
+    server: Server, fleet: Fleet, timeout: float | None, found: str
 ) -> None:
-    with pytest.raises(grpc.RpcError) as caught:
-        call(server, method, bearer(fleet.token("acme")), timeout)
-    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert re.search(f"{found}, expected one of at most 600 s", caught.value.details())
+    token = fleet.token("acme", "admin")
+    for method in METHODS:
+        with pytest.raises(grpc.RpcError) as caught:
+            call(server, method, bearer(token), timeout)
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, method.name
+        assert re.search(f"{found}, expected one of at most 600 s", caught.value.details()), method.name
+
+
+def test_what_changes_adapters_and_what_looks_at_them_need_scopes_of_their_own() -> None:
+    found = {method.name: scope for method, scope in SCOPES.items() if "registry" in method.full_name}
+    reading = {name for name, scope in found.items() if scope == "adapters:read"}
+    assert reading == {name for name in found if name.startswith(("Get", "List", "Download"))} - {"GetUpload"}
+    assert set(found.values()) == {"adapters:read", "adapters:write"}
+    assert grpc_door.scope_of("lorafleet.registry.v1.AdapterService/Anything") == "adapters:write"
+    assert grpc_door.scope_of("some.Other/Method") == "admin"
 
 
 def test_who_has_no_key_does_not_learn_which_methods_there_are(server: Server, fleet: Fleet) -> None:
@@ -309,3 +326,59 @@ def test_a_message_that_cannot_be_read_is_the_callers_mistake(server: Server, fl
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary(ROUTE)(body, metadata=bearer(fleet.token("acme")), timeout=30)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_who_watches_health_leaves_room_for_who_asks(serve: Serve) -> None:
+    server = serve(max_calls=64)
+    with grpc.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watching = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(grpc_door.HEALTH_PER_ADDRESS)]
+        for each in watching:
+            assert next(each).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError, match="too many ask"):
+            next(stub.Watch(health_pb2.HealthCheckRequest()))
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=30).status == health_pb2.HealthCheckResponse.SERVING
+        for each in watching:
+            each.cancel()
+
+
+def test_places_are_bounded_in_all_and_for_each_address() -> None:
+    places = grpc_door.Places(3, most_each=2)
+    assert [places.take(address) for address in ("a", "a", "a", "b", "b")] == [True, True, False, True, False]
+    places.give_back("a")
+    assert [places.take(address) for address in ("b", "c")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("peer", "expected"),
+    [
+        ("ipv4:127.0.0.1:5000", "127.0.0.1/32"),
+        ("ipv6:%5B2001:db8:1:2:3::4%5D:5000", "2001:db8:1:2::/64"),
+        ("ipv6:[::1]:5000", "::/64"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:5000", "fe80::/64"),
+        ("unix:", ""),
+    ],
+)
+def test_a_peer_stands_for_its_address(peer: str, expected: str) -> None:
+    assert origin(grpc_door._host(peer)) == expected
+
+
+def test_an_ipv4_address_stands_for_itself_on_a_socket_for_both() -> None:
+    assert origin("::ffff:192.0.2.7") == origin("192.0.2.7") == "192.0.2.7/32"
+
+
+def test_a_connection_without_calls_is_closed_and_opened_again(
+    serve: Serve, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafleet.router_service.grpc_server._IDLE_MS", 200)
+    server = serve()
+    states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
+    with grpc.insecure_channel(server.address) as channel:
+        channel.subscribe(states.put)
+        listed = router_pb2_grpc.RouterServiceStub(channel).ListAdapters
+        for _ in range(2):
+            listed(router_pb2.ListAdaptersRequest(), metadata=bearer(fleet.token("acme")), timeout=30)
+            while states.get(timeout=30) is not grpc.ChannelConnectivity.READY:
+                pass
+            while states.get(timeout=30) is not grpc.ChannelConnectivity.IDLE:
+                pass

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafleet.errors import InvalidInputError
-from lorafleet.router_service.routers import BASE, ROUTERS, Candidate
+from lorafleet.router_service.routers import BASE, ROUTERS, Candidate, Pool
 from lorafleet.router_service.routers.likelihood import TEMPERATURE, WINDOW, likelihood, posterior_weights
 
 SQL, CPP = Candidate("sha256:a", "acme/sql:1"), Candidate("sha256:b", "acme/cpp:7")
@@ -119,5 +119,11 @@ def test_weights_are_steps_that_sum_to_one_and_follow_the_likelihood(
             assert sum(other > value for other in values) < top_k
 
 
-def test_the_router_is_registered_under_its_name() -> None:
-    assert ROUTERS["likelihood"] is likelihood
+def test_the_router_is_registered_under_its_name_and_says_that_it_runs_the_model() -> None:
+    class Asked:
+        text, tokens = "", PROMPT
+
+    router = ROUTERS["likelihood"]
+    table = Table({BASE: -9.0, SQL.digest: -1.0, CPP.digest: -9.0})
+    assert router(Asked(), Pool.of([CPP, SQL]), table) == likelihood(PROMPT, [SQL, CPP], table)
+    assert router.runs_model and not router.reads_cards

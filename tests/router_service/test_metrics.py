@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -97,3 +100,14 @@ def test_the_engines_state_is_that_of_the_moment(serve: Serve, connect: Connect,
         assert found["lorafleet:num_requests_running",] == 1 and found["lorafleet:num_requests_waiting",] == 0
         assert 0 < found["lorafleet:kv_cache_usage_perc",] <= 1
     assert server.wait_idle(timeout_s=30.0)
+
+
+def test_the_page_names_every_metric_and_no_other(metrics: Metrics, engine: Engine) -> None:
+    ask(engine, metrics, "acme")
+    families = text_string_to_metric_families(metrics.text().decode())
+    exported = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
+    exported = {name for name in exported if not name.endswith("_created")}
+    page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+    named = set(re.findall(r"`(lorafleet:[a-z0-9_]+)`", page))
+    # Which there are only once a request has failed.
+    assert named == exported | {"lorafleet:request_failure_total"}

@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorafleet.engine import Engine
 from lorafleet.errors import (
+    BackendError,
     BaseMismatchError,
     InvalidInputError,
     LorafleetError,
@@ -34,7 +35,7 @@ def test_a_taken_port_is_refused(engine: Engine, fleet: Fleet, serve: Serve) -> 
 
 
 def test_an_unknown_router_is_refused_with_those_that_are_known(engine: Engine, fleet: Fleet) -> None:
-    with pytest.raises(UnknownNameError, match="known are: likelihood"):
+    with pytest.raises(UnknownNameError, match=r"known are: cards, cards\+likelihood, likelihood"):
         Server(engine, fleet.registry, ServerConfig(router="oracle"))
 
 
@@ -134,13 +135,18 @@ def test_an_unexpected_error_says_nothing_outside_and_all_in_the_log(caplog: pyt
 
 
 def test_what_a_driver_or_the_file_system_says_is_for_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    error = UnavailableError("cannot read /srv/secret")
-    error.__cause__ = OSError("/srv/secret")
+    error = BackendError("cannot read /srv/secret")
     with caplog.at_level(logging.ERROR):
         answer = status.to_status(error)
     assert answer.code == grpc.StatusCode.UNAVAILABLE.value[0]
     assert "secret" not in str(answer) and "/srv/secret" in caplog.text
     assert answer.message.rsplit(" ", 1)[1] in caplog.text
+
+
+def test_what_we_say_ourselves_of_a_part_that_is_away_is_for_callers() -> None:
+    error = UnavailableError("the server is stopping")
+    error.__cause__ = KeyError("what it came from")
+    assert status.to_status(error).message == "the server is stopping"
 
 
 @pytest.mark.parametrize(

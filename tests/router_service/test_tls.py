@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -8,6 +10,8 @@ import pytest
 
 from lorafleet.api_client import ClientTls, RouterClient
 from lorafleet.errors import InvalidInputError, UnavailableError
+from lorafleet.router_service import grpc_server
+from lorafleet.router_service.http import server as http_server
 from lorafleet.router_service.server import Server
 from lorafleet.router_service.tls import Tls
 from tests.router_service.certificates import Authority
@@ -65,3 +69,17 @@ def test_files_that_do_not_belong_together_are_refused_before_anything_listens(t
 def test_a_clients_certificate_needs_its_key(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="both or neither"):
         RouterClient("127.0.0.1:1", key="k", tls=ClientTls(certificate=tmp_path / "x"))
+
+
+def test_who_begins_no_handshake_is_cut_off(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_HANDSHAKE_S", 0.2)
+    monkeypatch.setattr(grpc_server, "_HANDSHAKE_MS", 200)
+    server = serve(http_address="127.0.0.1:0", tls=Tls(*Authority(tmp_path, "ours").issue("server")))
+    assert server.http_address is not None
+    for address in (server.http_address, server.address):
+        host, port = address.rsplit(":", 1)
+        with (
+            socket.create_connection((host, int(port)), timeout=5.0) as connection,
+            suppress(ConnectionResetError),
+        ):
+            assert connection.recv(1) == b""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafleet.bench.federation.splits import STYLES, Share
 from lorafleet.clients.packing import pack
-from lorafleet.demo.corpora.sources import base_corpus_digests, documents, site_packages
+from lorafleet.demo.corpora.sources import base_corpus_digests, documents
 
 # About 250 tokens of the shipped base.
 PIECE_CHARACTERS = 800
@@ -41,7 +41,7 @@ class Pools:
 def build_pools(*, seed: int, root: Path | None = None) -> Pools:
     """The same seed and environment give the same pieces; NotFoundError where the environment has no text."""
     found = documents(
-        root=root or site_packages(), seed=seed, excluded=base_corpus_digests(),
+        root=root, seed=seed, excluded=base_corpus_digests(),
         limit_bytes=TRAIN_BYTES + HELD_OUT_BYTES,
     )  # fmt: skip
     train: dict[str, list[str]] = {}

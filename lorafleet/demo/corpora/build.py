@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from lorafleet.demo.corpora.sources import DOMAINS, Document, base_corpus_digests, documents, sha256, site_packages
+from lorafleet.demo.corpora.sources import DOMAINS, Document, base_corpus_digests, documents, sha256
 from lorafleet.errors import AlreadyExistsError, InvalidInputError, NotFoundError
 
 OWNERS = ("alder", "birch", "cedar", "dogwood", "elm", "fir", "hazel", "juniper")
@@ -117,7 +117,7 @@ def build_corpora(out: Path, *, seed: int, root: Path | None = None) -> Corpora:
     """
     if out.exists() and any(out.iterdir()):
         raise AlreadyExistsError(f"{out} is not empty: name a new folder, or remove this one")
-    pools = documents(root=root or site_packages(), seed=seed, excluded=base_corpus_digests(), limit_bytes=POOL_BYTES)
+    pools = documents(root=root, seed=seed, excluded=base_corpus_digests(), limit_bytes=POOL_BYTES)
     for domain, pool in pools.items():
         size = sum(document.size_bytes for document in pool)
         if size < MIN_POOL_BYTES:

@@ -1,8 +1,9 @@
 """Where the demo's text comes from: files beside torch and sympy in the running environment, and a written grammar.
 
-Nothing is downloaded. The shipped base was trained on CPython's standard library; whatever has the digest of one of
-those files is left out, so that no domain is one that the base has read. Near-duplicates (generated headers, the same
-licence in forty packages) are left out too, or a held-out text would be known from training.
+Nothing is downloaded. Only packages that ``lorafleet[demo]`` needs are read: whatever else is installed changes no
+text. The shipped base was trained on CPython's standard library; whatever has the digest of one of those files is left
+out, so that no domain is one that the base has read. Near-duplicates (generated headers, the same licence in forty
+packages) are left out too, or a held-out text would be known from training.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import os
 import random
 import re
 from collections.abc import Callable, Collection, Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
+
+from packaging.requirements import Requirement
 
 from lorafleet.assets import SHIPPED_BASES
 from lorafleet.demo.corpora.sql import sql_script
@@ -58,6 +62,52 @@ def site_packages() -> Path:
     return Path(spec.origin).parent.parent
 
 
+def required_files(root: Path) -> list[str]:
+    """Paths below ``root`` of the installed packages that ``lorafleet[demo]`` needs; in the order of a walk."""
+    seen: set[str] = set()
+    names: set[str] = set()
+    waiting = [Requirement("lorafleet[demo]")]
+    while waiting:
+        requirement = waiting.pop()
+        for extra in requirement.extras or {""}:
+            key = f"{re.sub(r'[-_.]+', '-', requirement.name).lower()}[{extra}]"
+            if key in seen or (found := _installed(requirement.name)) is None:
+                continue
+            seen.add(key)
+            if not requirement.extras:
+                names.update(_files_below(found, root))
+            needed = [Requirement(text) for text in found.requires or ()]
+            waiting += [one for one in needed if one.marker is None or one.marker.evaluate({"extra": extra})]
+            if extra:
+                waiting.append(Requirement(requirement.name))
+    if not names:
+        raise NotFoundError(f"found none of lorafleet's packages under {root}: install lorafleet[demo] there")
+    return sorted(names, key=_walked)
+
+
+def _walked(name: str) -> list[tuple[bool, str]]:
+    """Sorts a folder's files before its folders, as walking through it gives them."""
+    *folders, file = name.split("/")
+    return [*((True, folder) for folder in folders), (False, file)]
+
+
+def _installed(name: str) -> Distribution | None:
+    """None for what is not installed: another platform's, or an extra that nobody asked for."""
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _files_below(found: Distribution, root: Path) -> Iterator[str]:
+    for file in found.files or ():
+        path = Path(os.path.normpath(str(found.locate_file(file))))
+        if path.is_relative_to(root):
+            name = path.relative_to(root)
+            if not any(part in SKIPPED_FOLDERS or part.startswith(".") for part in name.parts[:-1]):
+                yield name.as_posix()
+
+
 def base_corpus_digests() -> frozenset[str]:
     """SHA-256 of every text that the shipped base was trained or evaluated on."""
     path = SHIPPED_BASES["tiny"] / "corpus.json"
@@ -86,13 +136,20 @@ FILE_DOMAINS: dict[str, Callable[[str], bool]] = {"cpp": is_cpp, "math": is_math
 DOMAINS = (*FILE_DOMAINS, "sql")
 
 
-def documents(*, root: Path, seed: int, excluded: Collection[str], limit_bytes: int) -> dict[str, list[Document]]:
+def documents(
+    *, root: Path | None, seed: int, excluded: Collection[str], limit_bytes: int
+) -> dict[str, list[Document]]:
     """Domain → usable texts in a seeded order: no tables, no copies, no digest in ``excluded``.
 
-    ``root`` is a site-packages folder. Each domain stops after about ``limit_bytes``; it may hold less where the
-    environment does.
+    ``root`` is a folder laid out as site-packages, of which all files count; None: the running environment's, and of
+    that the packages that ``lorafleet[demo]`` needs. Each domain stops after about ``limit_bytes``; it may hold less
+    where the environment does.
     """
-    names = list(_file_names(root))
+    if root is None:
+        root = site_packages()
+        names = required_files(root)
+    else:
+        names = list(_file_names(root))
     pools: dict[str, list[Document]] = {}
     for domain in DOMAINS:
         if domain == "sql":

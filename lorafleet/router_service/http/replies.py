@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,8 @@ class TokenText(NamedTuple):
 class Form(Protocol):
     """How one endpoint writes a choice: whole, or in pieces of a stream."""
 
+    operation: str
+    """in OpenTelemetry's words"""
     id_prefix: str
     kind: str
     """``object`` of a whole answer"""
@@ -43,6 +46,7 @@ class Form(Protocol):
 
 
 class ChatForm:
+    operation = "chat"
     id_prefix, kind, piece_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def whole(self, index: int, text: str, reason: str, logprobs: Json | None) -> Json:
@@ -68,6 +72,7 @@ class ChatForm:
 
 
 class CompletionForm:
+    operation = "text_completion"
     id_prefix, kind, piece_kind = "cmpl-", "text_completion", "text_completion"
 
     def whole(self, index: int, text: str, reason: str, logprobs: Json | None) -> Json:
@@ -196,7 +201,7 @@ def _components(mix: Mapping[str, float], named: Mapping[str, str]) -> list[Json
 
 
 def _route(decision: Decision) -> Json:
-    named = {BASE: BASE_MODEL, **references(decision.versions)}
+    named = {BASE: BASE_MODEL, **decision.references}
     return {
         "router": decision.router,
         "reason": decision.route.reason,
@@ -204,7 +209,7 @@ def _route(decision: Decision) -> Json:
             {
                 "name": named[scored.digest],
                 "digest": scored.digest or None,
-                "score": scored.score,
+                "score": scored.score if math.isfinite(scored.score) else None,  # JSON has no infinity
                 "probability": scored.probability,
                 "weight": scored.weight,
             }

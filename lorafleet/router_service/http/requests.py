@@ -8,6 +8,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lorafleet.engine import SamplingParams
+from lorafleet.engine.residency import MAX_WEIGHT
+from lorafleet.engine.sampling import MAX_STOPS, MAX_TOP_LOGPROBS
 from lorafleet.router_service.answering import BASE_MODEL, Prompt
 from lorafleet.router_service.http.errors import BadRequestError
 
@@ -42,37 +44,73 @@ NOT_IMPLEMENTED: Final[Mapping[str, Sequence[Any]]] = {
 }
 
 
+def _told(default: Any = ..., **bounds: Any) -> Any:
+    """A field whose values the engine checks; what it takes is told to callers, in words of JSON Schema."""
+    if isinstance(default, dict | list):
+        return Field(default_factory=type(default), json_schema_extra={"default": default, **bounds})
+    return Field(default, json_schema_extra=bounds)
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    # What stands below a field in quotes is its description for callers.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class StreamOptions(_Strict):
     include_usage: bool = False
+    """A last event has the tokens that were used."""
+
+
+_TEXT: Final = {"type": "string", "minLength": 1}
+_TOKEN: Final = {"type": "integer", "minimum": 0}
 
 
 class Question(_Strict):
     """What both endpoints take. Values are checked where they are used: by the engine, in its words."""
 
     model: str
-    mix: dict[str, float] = Field(default_factory=dict)
-    """Reference → weight, instead of a model (``model`` is "" or "base" then)."""
+    """`base`, `auto`, or a reference: TENANT/ADAPTER, TENANT/ADAPTER@ALIAS or TENANT/ADAPTER:VERSION."""
+    mix: dict[str, float] = _told(
+        {}, additionalProperties={"type": "number", "minimum": -MAX_WEIGHT, "maximum": MAX_WEIGHT}
+    )
+    """Reference to weight, used as given; beside the model `base`."""
     n: int = Field(1, ge=1, le=MAX_CHOICES)
+    """Choices for each prompt."""
     stream: bool = False
+    """The answer in server-sent events."""
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[str, float] = Field(default_factory=dict)
-    min_tokens: int = 0
+    """16 for a completion, the rest of the context for a chat, unless given."""
+    temperature: float = _told(1.0, minimum=0)
+    """0: the likeliest token."""
+    top_p: float = _told(1.0, exclusiveMinimum=0, maximum=1)
+    """Keeps the likeliest tokens whose probabilities add up to this."""
+    top_k: int = _told(0, minimum=0)
+    """Keeps so many of the likeliest tokens; 0: all."""
+    min_p: float = _told(0.0, minimum=0, maximum=1)
+    """Keeps the tokens at least this likely, as a share of the likeliest one."""
+    presence_penalty: float = _told(0.0, minimum=-2, maximum=2)
+    """Is taken from the logits of generated tokens."""
+    frequency_penalty: float = _told(0.0, minimum=-2, maximum=2)
+    """Is taken from the logits of generated tokens once for each time."""
+    repetition_penalty: float = _told(1.0, minimum=0.01, maximum=100)
+    """Divides the logits of tokens in the prompt or generated; multiplies negative ones."""
+    logit_bias: dict[str, float] = _told(
+        {},
+        propertyNames={"pattern": "^[0-9]{1,9}$"},
+        additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+    )
+    """Token to what is added to its logit."""
+    min_tokens: int = _told(0, minimum=0)
+    """So many tokens at least; not more than the most."""
     seed: int | None = None
-    stop: str | List[str] = Field(default_factory=list)
-    stop_token_ids: List[int] = Field(default_factory=list)
+    """Makes sampling reproducible; each choice counts one up from it."""
+    stop: str | List[str] = _told([], anyOf=[_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS}])
+    """The generation ends before the first of these texts."""
+    stop_token_ids: List[int] = _told([], items=_TOKEN, maxItems=MAX_STOPS)
+    """The generation ends before the text of the first of these tokens."""
     ignore_eos: bool = False
+    """Goes on after an end of text."""
 
     _sampling: ClassVar[Sequence[str]] = (
         "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -105,8 +143,22 @@ class Question(_Strict):
 
 
 class CompletionQuestion(Question):
-    prompt: str | List[str] | List[int] | List[List[int]]
-    logprobs: int | None = None
+    prompt: str | List[str] | List[int] | List[List[int]] = _told(
+        anyOf=[
+            _TEXT,
+            {"type": "array", "items": _TEXT, "minItems": 1, "maxItems": MAX_CHOICES},
+            {"type": "array", "items": _TOKEN, "minItems": 1},
+            {
+                "type": "array",
+                "items": {"type": "array", "items": _TOKEN, "minItems": 1},
+                "minItems": 1,
+                "maxItems": MAX_CHOICES,
+            },
+        ]
+    )
+    """A text, token ids, which are taken as they are, or a list of either; prompts times choices are at most 16."""
+    logprobs: int | None = _told(None, minimum=0, maximum=MAX_TOP_LOGPROBS)
+    """Log-probabilities of the generated tokens, and of so many of the likeliest ones in their place."""
 
     def prompts(self) -> list[Prompt]:
         """One or several; token ids are taken as they are."""
@@ -146,8 +198,11 @@ class Message(_Strict):
 class ChatQuestion(Question):
     messages: List[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    """The newer name of `max_tokens`: one of them, or both alike."""
     logprobs: bool = False
-    top_logprobs: int | None = None
+    """Log-probabilities of the generated tokens."""
+    top_logprobs: int | None = _told(None, minimum=0, maximum=MAX_TOP_LOGPROBS)
+    """And of so many of the likeliest ones in their place; with `logprobs`."""
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -170,7 +225,7 @@ def parse(kind: type[Q], body: Mapping[str, Any]) -> Q:
     """Raises BadRequestError, which names the field, for what is unknown, not implemented, or no value for it."""
     fields = {name: value for name, value in body.items() if value is not None and name not in WITHOUT_EFFECT}
     for name, neutral in NOT_IMPLEMENTED.items():
-        if name in fields and name not in kind.model_fields and fields.pop(name) not in neutral:
+        if name in fields and name not in kind.model_fields and not _is_one_of(fields.pop(name), neutral):
             raise BadRequestError(f"{name!r} is not implemented here; leave it out", name)
     if isinstance(fields.get("messages"), list):  # what came back in an answer has nulls, and may be sent again
         fields["messages"] = [
@@ -193,6 +248,11 @@ def parse(kind: type[Q], body: Mapping[str, Any]) -> Q:
 
 
 _NESTED: Final = frozenset({*Message.model_fields, *TextPart.model_fields, *StreamOptions.model_fields})
+
+
+def _is_one_of(value: Any, neutral: Sequence[Any]) -> bool:
+    """In JSON 0 and false differ, which are equal in Python."""
+    return any(type(value) is type(one) and value == one for one in neutral)
 
 
 def _token(field: str, text: str) -> int:

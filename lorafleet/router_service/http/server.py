@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 import threading
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import uvicorn
 
 from lorafleet.errors import UnavailableError
 from lorafleet.router_service.http.app import HttpApp
-from lorafleet.router_service.http.connection import Connection
+from lorafleet.router_service.http.connection import Connection, Strangers
 from lorafleet.router_service.tls import Tls
 
 _CONNECTIONS_PER_CALL: Final = 4
 """Bounds open connections: most clients keep one for their next request."""
+_STRANGERS_PER_CALL: Final = 2
+"""Of these so many may be without a request whose key is good; with more, those that have waited longest are closed."""
+_HANDSHAKE_S: Final = 10.0
+"""For TLS to be agreed on; Python's own limit is 60 s."""
 _LAST_WORDS_S: Final = 1
 """For streams that were just cancelled to say so."""
 
@@ -57,7 +63,8 @@ class HttpServer:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 self._app,
-                http=Connection,  # of h11, which bounds headers to 64 KiB
+                # Of h11, which bounds headers to 64 KiB.
+                http=partial(Connection, strangers=Strangers(_STRANGERS_PER_CALL * self._max_calls)),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -71,9 +78,8 @@ class HttpServer:
                 ssl_version=ssl.PROTOCOL_TLS_SERVER,
             )
         )
-        self._thread = threading.Thread(
-            target=self._server.run, args=([self._socket],), name="lorafleet-uvicorn", daemon=True
-        )
+        run = partial(_run, self._server, self._socket)
+        self._thread = threading.Thread(target=run, name="lorafleet-uvicorn", daemon=True)
         self._thread.start()
 
     def set_serving(self, serving: bool) -> None:
@@ -86,3 +92,12 @@ class HttpServer:
             self._server.should_exit = True
             self._thread.join()
         self.unbind()
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    """``server.run``, in a loop that bounds TLS handshakes, for which uvicorn has no setting."""
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        loop: Any = runner.get_loop()
+        if server.config.is_ssl:
+            loop.create_server = partial(loop.create_server, ssl_handshake_timeout=_HANDSHAKE_S)
+        runner.run(server.serve([listener]))

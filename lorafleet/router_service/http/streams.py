@@ -1,4 +1,4 @@
-"""From tickets, which the engine's thread fills, to what an event loop can wait for; no thread a request."""
+"""What tickets bring, as HTTP's answers: whole, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,10 +13,12 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lorafleet.engine import Generation, Ticket, TokenChunk
-from lorafleet.errors import DeadlineExceededError, UnavailableError
+from lorafleet.errors import UnavailableError
 from lorafleet.router_service.call import Call
 from lorafleet.router_service.http.errors import described
 from lorafleet.router_service.http.replies import Reply
+from lorafleet.router_service.tickets import parts
+from lorafleet.router_service.trail import Trail
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -26,54 +27,32 @@ _LAST_WORDS_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-async def parts(tickets: Sequence[Ticket], *, deadline: float) -> AsyncIterator[tuple[int, TokenChunk | Generation]]:
-    """``(number of the ticket, chunk)`` as they come, and for each ticket its generation at its end.
-
-    Raises the error of a ticket that failed, UnavailableError where one was cut off, and DeadlineExceededError at the
-    event loop's time ``deadline``.
-    """
-    loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-    def wake() -> None:
-        with suppress(RuntimeError):  # the loop has ended: nobody waits any more
-            loop.call_soon_threadsafe(changed.set)
-
-    for ticket in tickets:
-        ticket.subscribe(wake)
-    seen = dict.fromkeys(range(len(tickets)), 0)
-    while seen:
-        await before(deadline, changed.wait())
-        changed.clear()
-        for number in list(seen):
-            ticket = tickets[number]
-            done = ticket.done  # before the chunks: none comes after the end
-            for chunk in ticket.chunks(seen[number]):
-                seen[number] += 1
-                yield number, chunk
-            if done:
-                del seen[number]
-                generation = ticket.result()
-                if generation.finish_reason == "cancelled":
-                    raise UnavailableError("the generation was cut off; the server is shutting down, ask another one")
-                yield number, generation
+async def _parts(tickets: Sequence[Ticket], *, deadline: float) -> AsyncIterator[tuple[int, TokenChunk | Generation]]:
+    """:func:`parts`; UnavailableError for a ticket that was cut off."""
+    async for number, part in parts(tickets, deadline=deadline):
+        if isinstance(part, Generation) and part.finish_reason == "cancelled":
+            raise UnavailableError("the generation was cut off; the server is shutting down, ask another one")
+        yield number, part
 
 
 async def results(tickets: Sequence[Ticket], *, deadline: float) -> list[Generation]:
-    """All generations in the order of their tickets; raises what :func:`parts` raises."""
+    """All generations in the order of their tickets; raises what :func:`_parts` raises."""
     found: dict[int, Generation] = {}
-    async for number, part in parts(tickets, deadline=deadline):
+    async for number, part in _parts(tickets, deadline=deadline):
         if isinstance(part, Generation):
             found[number] = part
     return [found[number] for number in range(len(tickets))]
 
 
-async def events(reply: Reply, tickets: Sequence[Ticket], *, usage: bool, deadline: float) -> AsyncIterator[bytes]:
-    """A stream's server-sent events; an error is the last one, as the status has been sent by then."""
+async def events(
+    reply: Reply, tickets: Sequence[Ticket], *, usage: bool, deadline: float, trail: Trail
+) -> AsyncIterator[bytes]:
+    """A stream's server-sent events; an error is the last one, as the status has been sent by then, and is noted."""
     found: dict[int, Generation] = {}
     try:
         for opening in reply.openings():
             yield _event(opening)
-        async for number, part in parts(tickets, deadline=deadline):
+        async for number, part in _parts(tickets, deadline=deadline):
             if isinstance(part, TokenChunk):
                 if (piece := reply.piece(number, part)) is not None:
                     yield _event(piece)
@@ -90,7 +69,9 @@ async def events(reply: Reply, tickets: Sequence[Ticket], *, usage: bool, deadli
         yield _event(reply.with_mix(last, generations))
         yield DONE
     except Exception as error:
-        yield _event({"error": described(error)[1]})
+        failed, body = described(error)
+        trail.failure = failed.reason
+        yield _event({"error": body})
 
 
 class CallStream(StreamingResponse):
@@ -109,17 +90,6 @@ class CallStream(StreamingResponse):
             _log.warning("a caller did not read its stream to the end in time; its connection is closed")
         finally:
             self._call.end()
-
-
-async def before(deadline: float, work: Awaitable[T]) -> T:
-    """The work's result; raises DeadlineExceededError where it takes until the event loop's time ``deadline``."""
-    try:
-        async with asyncio.timeout_at(deadline) as limit:
-            return await work
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise DeadlineExceededError("the call took longer than a call may; ask for fewer tokens") from None
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

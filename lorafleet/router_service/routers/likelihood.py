@@ -18,16 +18,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
 from lorafleet.errors import InvalidInputError
-from lorafleet.router_service.routers.types import BASE, Candidate, Route, Score, Scored
+from lorafleet.router_service.routers.types import BASE, Candidate, Pool, Prompt, Route, Score, Scored
 
 WINDOW: Final = 128
 """Tokens of the prompt that are scored: its last ones, which are the nearest to what is to be written."""
 TEMPERATURE: Final = 4.0
 TOP_K: Final = 2
 STEPS: Final = 64
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A :class:`~.types.Router`."""
+
+    runs_model: ClassVar[bool] = True
+    reads_cards: ClassVar[bool] = False
+
+    def __call__(self, prompt: Prompt, pool: Pool, score: Score) -> Route:
+        return likelihood(prompt.tokens, pool.candidates, score)
 
 
 def likelihood(prompt: Sequence[int], candidates: Sequence[Candidate], score: Score) -> Route:

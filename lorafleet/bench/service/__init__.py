@@ -1,0 +1,1 @@
+"""The whole service under load: real processes, callers of many tenants, both doors."""

@@ -1,0 +1,92 @@
+"""Copies of blobs on this machine, of what lies far away: bounded in size, the least recently used goes first.
+
+A copy is there whole or not at all, as in :mod:`lorafleet.registry.local_files`. Whoever reads one holds its folder's
+lock shared, and only who gets that lock alone takes the copy away, so that nothing goes under a reader's hands, of
+whatever process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+from lorafleet.errors import BackendError
+from lorafleet.registry.local_files import LocalFiles
+
+
+class BlobCache:
+    """A folder of copies, at most about ``most_bytes`` of them. Safe for any number of threads and processes."""
+
+    def __init__(self, folder: Path, most_bytes: int) -> None:
+        self._files = LocalFiles(folder, durable=False)
+        self._most_bytes = most_bytes
+        found = self._files.folder.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            raise BackendError(
+                f"the cache of weights {self._files.folder} is another user's, or open to others (mode "
+                f"{found.st_mode & 0o777:o}); expected a folder of this user's alone (mode 700)"
+            )
+
+    @property
+    def folder(self) -> Path:
+        return self._files.folder
+
+    def path(self, digest: str) -> Path:
+        return self._files.path(digest)
+
+    def incoming(self) -> AbstractContextManager[Path]:
+        return self._files.incoming()
+
+    @contextmanager
+    def held(self, digest: str) -> Iterator[Path | None]:
+        """A copy's folder, which stays until the block's end; None where there is none."""
+        path = self.path(digest)
+        with _locked(path, fcntl.LOCK_SH) as there:
+            if there:
+                os.utime(path)
+            yield path if there else None
+
+    def add(self, digest: str, folder: Path) -> None:
+        """Keep a folder that :meth:`incoming` gave as a copy, and take others away for it."""
+        self._files.publish(digest, folder)
+        self._evict(keep=digest)
+
+    def discard(self, digest: str) -> bool:
+        """Whether the copy is gone now: it stays while somebody reads it."""
+        path = self.path(digest)
+        with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as there:
+            if there:
+                with suppress(FileNotFoundError), self.incoming() as grave:
+                    path.rename(grave / "blob")
+        return not path.exists()
+
+    def _evict(self, *, keep: str) -> None:
+        copies = sorted(self._files.stored(), key=lambda copy: copy.modified_at)
+        size = sum(copy.size for copy in copies)
+        for copy in copies:
+            if size <= self._most_bytes:
+                return
+            if copy.digest != keep and self.discard(copy.digest):
+                size -= copy.size
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[bool]:
+    """Whether the folder is there and locked, until the block's end."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, how)
+            there = os.path.samestat(os.stat(folder), os.fstat(descriptor))
+        except (BlockingIOError, FileNotFoundError):  # somebody reads it; it went before the lock came
+            there = False
+        yield there
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,37 @@
+"""``lorafleet bench service`` with real processes and few calls: what it counts, not how fast anything is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafleet.cli import main
+
+pytestmark = [pytest.mark.process, pytest.mark.long]
+
+
+def bench(capsys: pytest.CaptureFixture[str], tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """The record of a run, which is the one that was appended."""
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "service", "--threads", "1", "--out", str(tmp_path), "--json", *arguments])
+    assert end.value.code in (0, 1, None)
+    record: dict[str, Any] = json.loads(capsys.readouterr().out)
+    (file,) = tmp_path.glob("*.json")
+    assert json.loads(file.read_text()) == [record]
+    assert str(tmp_path) not in file.read_text()
+    return record
+
+
+def test_answers_of_a_few_tenants_are_those_of_isolated_runs_while_adapters_change(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["--scenario", "isolation", "--requests", "80", "--tenants", "3", "--changes", "10"]
+    record = bench(capsys, tmp_path, *arguments)
+    found = record["results"]["isolation"]
+    assert found["wrong"] == [] and found["failed"] == {}
+    assert found["right"] + found["not_there"] + found["foreign_refused"] == 80
+    assert found["foreign_refused"] == found["kinds"]["foreign"] > 0
+    assert found["changes"] and found["digests_used"] > 6

@@ -1,0 +1,19 @@
+"""What holds for the whole suite: one thread of computation a process, and files with real processes first."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Tests run in as many processes as there are cores. More threads than that wait for each other: one small training took
+# 260 s on two crowded cores, and 14 s with one thread. Set before torch is imported, and inherited by what tests start,
+# unless that is told how many threads it may use.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest of those with real processes take minutes, and mostly wait."""
+    slow = {item.path for item in items if item.get_closest_marker("process")}
+    items.sort(key=lambda item: item.path not in slow)  # stable: else the order stays

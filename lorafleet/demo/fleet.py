@@ -16,6 +16,8 @@ from lorafleet.flower_commands import free_port, script
 
 # Ray's default object store is 30 % of the memory; the demo's updates take a few megabytes.
 OBJECT_STORE_BYTES = 200 * 2**20
+# The service's default is what its 64 sequences could fill, 200 MB; the tenants here ask for a few lines at a time.
+KV_TOKENS = 8192
 
 
 class Ray:
@@ -141,6 +143,7 @@ def start_service(
     command = [
         script("lorafleet"), "serve", "--base", settings.base, "--registry", registry, "--blobs", str(blobs),
         "--grpc", "127.0.0.1:0", "--http", "", "--dtype", "float32", "--threads", str(threads),
+        "--kv-tokens", str(KV_TOKENS),
     ]  # fmt: skip
     return processes.start("service", command, environment=child_environment)
 

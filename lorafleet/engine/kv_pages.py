@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lorafleet.native.memory import huge_zeros
+
 PAGE_TOKENS = 32
 
 
@@ -25,7 +27,9 @@ class KvPages:
     def __init__(
         self, *, layers: int, kv_heads: int, head_dim: int, pages: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._data = torch.zeros(layers, 2, pages, kv_heads, PAGE_TOKENS, head_dim, device=device, dtype=dtype)
+        shape = (layers, 2, pages, kv_heads, PAGE_TOKENS, head_dim)
+        on_cpu = device.type == "cpu"
+        self._data = huge_zeros(shape, dtype) if on_cpu else torch.zeros(shape, device=device, dtype=dtype)
         self.pages, self.kv_heads = pages, kv_heads
         self.keys = [layer[0] for layer in self._data]
         """``[pages, kv_heads, PAGE_TOKENS, head_dim]`` a layer"""

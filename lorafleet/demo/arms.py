@@ -41,40 +41,46 @@ class Arms:
     def __init__(self, settings: DemoSettings, corpora: Corpora, folder: Path, *, workers: int) -> None:
         self._settings, self._corpora, self._folder = settings, corpora, folder
         self._workers = workers
+        self._beside: ProcessPoolExecutor | None = None
         self._pool: ProcessPoolExecutor | None = None
         self._alone: dict[str, Future[Arrays]] = {}
 
     def __enter__(self) -> Self:
         # Spawned, not forked: this process has threads of Ray and gRPC.
         context = multiprocessing.get_context("spawn")
+        # One beside the federation, whose members keep the cores busy: another would add 450 MB to the demo's peak.
+        self._beside = ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker)
         self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_start_worker)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._pool is not None
-        workers = list((self._pool._processes or {}).values())
-        self._pool.shutdown(wait=error is None, cancel_futures=True)
-        for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
-            worker.join()
+        for pool in (self._beside, self._pool):
+            assert pool is not None
+            workers = list((pool._processes or {}).values())
+            pool.shutdown(wait=error is None, cancel_futures=True)
+            for worker in workers:
+                if worker.is_alive():
+                    worker.terminate()
+                worker.join()
 
     def start_alone(self) -> None:
         """Begin with what needs nothing from the federation, beside it."""
-        assert self._pool is not None
+        assert self._beside is not None
         training, settings = self._settings.training, self._settings
         steps = training.steps * settings.rounds
         owners = list(zip(self._corpora.owners, settings.ranks, strict=True))
         everybody = [owner.folder for owner in self._corpora.owners]
-        self._alone["centralised"] = self._pool.submit(
+        self._alone["centralised"] = self._beside.submit(
             _train_alone, settings, everybody, max(settings.ranks), steps * len(owners)
         )
         for domain in self._corpora.domains:
             main = main_owner(self._corpora, domain.name)
             rank = next(rank for owner, rank in owners if owner.name == main.name)
-            self._alone[f"local-{domain.name}"] = self._pool.submit(_train_alone, settings, [main.folder], rank, steps)
+            self._alone[f"local-{domain.name}"] = self._beside.submit(
+                _train_alone, settings, [main.folder], rank, steps
+            )
 
     def finish(self, registry: Registry, federation: Federation, check: Callable[[], None]) -> dict[str, list[Version]]:
         """Train what is left and import everything: arm (``local-sql``, ``fedit-expert-1``) → its versions by round."""

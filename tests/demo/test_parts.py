@@ -309,7 +309,7 @@ from lorafleet.demo.arms import Arms
 import os
 if __name__ == "__main__":
     with Arms(None, None, Path(), workers=1) as arms:
-        print(arms._pool.submit(os.getpid).result(), flush=True)
+        print(arms._beside.submit(os.getpid).result(), arms._pool.submit(os.getpid).result(), flush=True)
         sys.stdin.read()
 """
 
@@ -320,10 +320,10 @@ def test_a_demo_that_is_killed_leaves_no_workers(tmp_path: Path) -> None:
     script.write_text(WORKERS)
     with subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        worker = psutil.Process(int(parent.stdout.readline()))
+        workers = [psutil.Process(int(number)) for number in parent.stdout.readline().split()]
         parent.kill()
-        gone, _ = psutil.wait_procs([worker], timeout=20)
-    assert gone == [worker]
+        gone, _ = psutil.wait_procs(workers, timeout=20)
+    assert len(workers) == 2 and set(gone) == set(workers)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -18,9 +18,10 @@ import typer.main
 from lorafleet.adapters import LoraAdapter, weighted_sum
 from lorafleet.assets import base_digest
 from lorafleet.cli import app, main
+from lorafleet.cli.serving import _register_base
 from lorafleet.demo.report import with_targets
 from lorafleet.engine import Engine
-from lorafleet.errors import UnavailableError
+from lorafleet.errors import LorafleetError, UnavailableError
 from lorafleet.registry import Registry
 from lorafleet.router_service.server import Server
 from tests.demo.test_report import figures
@@ -473,6 +474,23 @@ def test_serve_follows_a_registry_that_others_write_to(
             options = ("--api-key", registry.create_key("acme").token, "--server", address)
         result = lorafleet.json("generate", "hello", *options, "--model", "acme/sql", "--max-tokens", "3")
         assert result["mix"][0]["reference"] == "acme/sql:1"
+
+
+def test_serve_enters_the_shapes_of_a_base_that_was_registered_without_them(
+    store: Store, base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    stray = tmp_path / "stray"
+    LoraAdapter({"no.such.layer": next(iter(LoraAdapter.load(adapters["low"]).modules.values()))}).save(stray)
+    with store.open() as registry:
+        registry.create_tenant("acme")
+        digest = base_digest(base)
+        registry.register_base("known", digest, architecture="LlamaForCausalLM", parameters=1)
+        registry.create_adapter("acme", "sql", base="known")
+        _register_base(registry, str(base), digest)
+        assert registry.base(digest).name == "known"
+        with pytest.raises(LorafleetError, match=r"no\.such\.layer"):
+            registry.import_version("acme", "sql", stray)
+        assert registry.import_version("acme", "sql", adapters["low"]).number == 1
 
 
 def test_serve_refuses_to_listen_beyond_loopback(lorafleet: Command, base: Path) -> None:

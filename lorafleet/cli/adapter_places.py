@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -74,8 +74,9 @@ class LocalAdapters:
             raise typer.BadParameter("--tenant is needed with --registry: whose adapters?")
         rows = []
         for adapter in self._registry.adapters(tenant):
+            aliases = self._registry.aliases(tenant, adapter.name)
             for version in self._registry.versions(tenant, adapter.name):
-                rows.append({**_row(version), "aliases": self._aliases(version)})
+                rows.append({**_row(version), "aliases": _names(aliases, version)})
         return rows
 
     def show(self, reference: str) -> Row:
@@ -130,8 +131,7 @@ class LocalAdapters:
         return self._registry.version(parsed.tenant, parsed.adapter, parsed.number)
 
     def _aliases(self, version: Version) -> list[str]:
-        aliases = self._registry.aliases(version.tenant, version.adapter)
-        return [alias for alias, number in aliases.items() if number == version.number]
+        return _names(self._registry.aliases(version.tenant, version.adapter), version)
 
 
 class RemoteAdapters:
@@ -272,6 +272,11 @@ def _row(version: Version | RemoteVersion) -> Row:
         "licence": version.licence,
         "lineage": version.lineage,
     }
+
+
+def _names(aliases: Mapping[str, int], version: Version) -> list[str]:
+    """Those of its adapter's that stand for a version."""
+    return [alias for alias, number in aliases.items() if number == version.number]
 
 
 def _checked_base(base: str, folder: Path) -> str:

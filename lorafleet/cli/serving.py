@@ -233,15 +233,14 @@ def _tracing(stack: ExitStack, endpoint: str | None) -> Begin:
 
 
 def _register_base(registry: Registry, base: str, digest: str) -> None:
-    """Enter the base that is served where the registry does not know it, so that adapters can be made for it."""
+    """Enter the base that is served, and its modules' shapes, where the registry does not know them: adapters can be
+    made for it then, and are checked when they come."""
     try:
-        registry.base(digest)
+        known = registry.base(digest).name
     except NotFoundError:
-        pass
-    else:
-        return
+        known = ""
     try:
-        stores.register_base(registry, base)
+        stores.register_base(registry, base, name=known)
     except AlreadyExistsError as error:
         _log.warning("%s: adapters for it can be imported on this machine only", error)
 

@@ -94,7 +94,8 @@ class Ticket:
 
     def cancel(self) -> None:
         """End the request; its result has finish reason "cancelled" and what was generated until then."""
-        self._cancel(self)
+        if not self.done:  # without the engine's lock, which a step may hold: most callers leave when they have it all
+            self._cancel(self)
 
     def _wait(self, ready: Callable[[], bool], *, timeout_s: float | None) -> bool:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s

@@ -22,6 +22,9 @@ _TENANTS: Final = 4096
 _POOLS: Final = 1024
 _POSTINGS: Final = 10**6
 """In the indexes of all pools together: about 100 MB."""
+_LONGEST: Final = 500_000
+"""Characters of all cards of a pool: two seconds of the interpreter, and half of ``_POSTINGS``. Of many, each is read
+the less far."""
 _STRIPES: Final = 64
 
 _Ids = tuple[tuple[int, str], ...]
@@ -67,7 +70,7 @@ class Candidates:
         self._lock = threading.Lock()
         # One look for all who wait for the same tenant's; a few tenants share a lock.
         self._looking = [threading.Lock() for _ in range(_STRIPES)]
-        self._making = threading.Lock()
+        self._making = [threading.Lock() for _ in range(_STRIPES)]
         self._usable: OrderedDict[str, _Usable] = OrderedDict()
         self._forgotten_at = -math.inf
         self._keys: OrderedDict[str, _Asked] = OrderedDict()
@@ -99,15 +102,15 @@ class Candidates:
                 return pool
         if not wait:
             raise WouldWait
-        with self._making:  # one at a time: it is work for the interpreter alone, and others may want the same one
+        with self._making[hash(tenant) % _STRIPES]:  # nobody waits for another tenant's large one
             candidates = self._candidates(versions)
             key = _key(candidates)
             with self._lock:
                 pool = self._pools.get(key)
             if pool is None:
                 pool = Pool.of(candidates)
-                size = pool.index.postings if self._reads_cards else 0
-                self._keep(key, pool, size)
+                # An index is made when it is first asked for anything: here, not on somebody's event loop.
+                pool = self._keep(key, pool, pool.index.postings if self._reads_cards else 0)
             with self._lock:
                 self._keys[tenant] = _Asked(versions, _ids(versions) if ids is None else ids, key)
                 self._keys.move_to_end(tenant)
@@ -149,15 +152,20 @@ class Candidates:
             distinct.setdefault(version.digest, version)
         kept = list(distinct.values())
         cards = self._registry.cards(kept) if self._reads_cards else [""] * len(kept)
-        return [Candidate(v.digest, v.reference, card[:LONGEST]) for v, card in zip(kept, cards, strict=True)]
+        longest = min(LONGEST, _LONGEST // max(1, len(kept)))
+        return [Candidate(v.digest, v.reference, card[:longest]) for v, card in zip(kept, cards, strict=True)]
 
-    def _keep(self, key: bytes, pool: Pool, size: int) -> None:
+    def _keep(self, key: bytes, pool: Pool, size: int) -> Pool:
+        """The pool that is kept: another thread may have been faster with the same one."""
         with self._lock:
+            if (kept := self._pools.get(key)) is not None:
+                return kept
             self._pools[key] = pool
             self._postings += size
             while len(self._pools) > 1 and (len(self._pools) > _POOLS or self._postings > _POSTINGS):
                 _, left = self._pools.popitem(last=False)
                 self._postings -= left.index.postings if self._reads_cards else 0
+            return pool
 
 
 def _key(candidates: Sequence[Candidate]) -> bytes:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 from lorafleet.adapters import LoraAdapter
 from lorafleet.engine import Engine
@@ -15,6 +18,8 @@ from lorafleet.registry import Registry
 from lorafleet.registry.records import Version
 from lorafleet.router_service.holds import Holds
 
+PAUSE_S: Final = 30.0
+"""After a version could not be loaded: a store that is away is not waited for by every call, nor missed for good."""
 _log = logging.getLogger(__name__)
 
 
@@ -25,8 +30,15 @@ class Residency:
     the request has been submitted.
     """
 
-    def __init__(self, engine: Engine, registry: Registry, holds: Holds | None = None) -> None:
-        self._engine, self._registry = engine, registry
+    def __init__(
+        self,
+        engine: Engine,
+        registry: Registry,
+        holds: Holds | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine, self._registry, self._clock = engine, registry, clock
         self._holds = holds or Holds(registry)
         self._changed = threading.Condition()
         self._live: frozenset[str] = frozenset()
@@ -34,7 +46,8 @@ class Residency:
         self._moving: set[str] = set()
         """Digests that a thread is loading or unloading right now."""
         self._held: Counter[str] = Counter()
-        self._broken: set[str] = set()
+        self._broken: dict[str, float] = {}
+        """Digests that could not be loaded, and when they are tried again."""
 
     @contextmanager
     def hold(self, versions: Sequence[Version]) -> Iterator[None]:
@@ -49,7 +62,7 @@ class Residency:
 
     @contextmanager
     def hold_loadable(self, versions: Sequence[Version]) -> Iterator[list[Version]]:
-        """Those of the versions that can be loaded, in the engine inside the block; the others are logged once."""
+        """Those of the versions that can be loaded, in the engine inside the block; the others are logged."""
         digests = self._take(versions)
         try:
             # Nothing leaves any more that is held: most calls find all of theirs there, at one look.
@@ -64,8 +77,8 @@ class Residency:
             return all(digest in self._loaded and digest not in self._moving for digest in digests)
 
     def loadable(self, versions: Sequence[Version]) -> Sequence[Version]:
-        """Those of the versions that are not known to fail; does not wait."""
-        return [v for v in versions if v.digest not in self._broken] if self._broken else versions
+        """Those of the versions that did not fail just now; does not wait."""
+        return [v for v in versions if not self._is_broken(v.digest)] if self._broken else versions
 
     def keep(self, live: Collection[Version]) -> None:
         """The engine holds exactly these from now on; one that cannot be loaded is logged and left out."""
@@ -107,16 +120,19 @@ class Residency:
         self._unload_unneeded(digests)
 
     def _try_load(self, version: Version) -> bool:
-        """Whether the version is in the engine now; one that failed is not tried again before the next ``keep``."""
-        if version.digest in self._broken:
+        """Whether the version is in the engine now; one that failed is tried again after ``PAUSE_S`` or at ``keep``."""
+        if self._is_broken(version.digest):
             return False
         try:
             self._load(version)
         except Exception:
             _log.exception("%s cannot be loaded; the others are served", version.digest)
-            self._broken.add(version.digest)
+            self._broken[version.digest] = self._clock() + PAUSE_S
             return False
         return True
+
+    def _is_broken(self, digest: str) -> bool:
+        return self._clock() < self._broken.get(digest, -math.inf)
 
     def _load(self, version: Version) -> None:
         if not self._begin(version.digest, want_loaded=True):
@@ -163,5 +179,7 @@ class Residency:
     def _end(self, digest: str, *, loaded: bool) -> None:
         with self._changed:
             self._moving.discard(digest)
+            if loaded:
+                self._broken.pop(digest, None)
             (self._loaded.add if loaded else self._loaded.discard)(digest)
             self._changed.notify_all()

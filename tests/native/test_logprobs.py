@@ -17,7 +17,7 @@ def expected(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("columns", [1, 15, 16, 17, 1023, 1024, 1025, 4096, 50_257])
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 1023, 1024, 1025, 4096, 50_257, 152_064])
 @pytest.mark.parametrize("scale", [0.01, 3.0, 40.0])
 def test_it_is_the_logarithm_of_softmax(columns: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(columns)
@@ -25,6 +25,14 @@ def test_it_is_the_logarithm_of_softmax(columns: int, scale: float) -> None:
     tokens = torch.randint(columns, (23,), generator=generator)
     wanted = expected(logits, tokens)
     assert (logprobs_of(logits, tokens) - wanted).abs().max() <= 4e-6 * max(1.0, float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("rest", [-0.35, -3.0])
+def test_a_hundred_thousand_logits_that_are_alike_add_up(rest: float) -> None:
+    logits = torch.full((1, 152_064), rest)
+    logits[0, 7] = 0.0
+    tokens = torch.tensor([7])
+    assert abs(float(logprobs_of(logits, tokens)[0]) - float(expected(logits, tokens)[0])) <= 4e-6
 
 
 def test_rows_of_a_wider_tensor_are_read_and_nothing_beside_them() -> None:

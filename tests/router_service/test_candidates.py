@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from sqlalchemy import event
 from lorafleet.registry import Registry, Version
 from lorafleet.router_service import candidates as module
 from lorafleet.router_service.candidates import CACHED_S, Candidates
+from lorafleet.router_service.routers import Pool
 from tests.registry.conftest import BASE_DIGEST, Clock, make_adapter
 
 
@@ -132,3 +135,25 @@ def test_indexes_are_let_go_of_where_they_grow_too_large(
     second = add(registry, 2, tenant="rival", card="many words of the second card")
     candidates.pool("rival", [second])
     assert candidates.pool("acme", [first]) is not kept
+
+
+def test_of_many_cards_each_is_read_the_less_far(
+    registry: Registry, candidates: Candidates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONGEST", 60)
+    card = "letters " * 9
+    versions = [add(registry, 1, card=card), add(registry, 2, tenant="rival", card=card)]
+    assert [len(one.card) for one in candidates.pool("acme", versions[:1]).candidates] == [60]
+    assert [len(one.card) for one in candidates.pool("acme", versions).candidates] == [30, 30]
+
+
+def test_callers_that_want_the_same_pool_at_once_get_one(registry: Registry, candidates: Candidates) -> None:
+    version = add(registry, 1, card="orders")
+    ready = threading.Barrier(4)
+
+    def ask(tenant: int) -> Pool:
+        ready.wait(30.0)
+        return candidates.pool(f"tenant {tenant}", [version])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(map(id, threads.map(ask, range(4))))) == 1

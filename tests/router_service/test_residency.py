@@ -5,10 +5,11 @@ import threading
 
 import pytest
 
+from lorafleet.adapters import LoraAdapter
 from lorafleet.engine import Engine
-from lorafleet.errors import LorafleetError
+from lorafleet.errors import LorafleetError, UnavailableError
 from lorafleet.registry import Version
-from lorafleet.router_service.residency import Residency
+from lorafleet.router_service.residency import PAUSE_S, Residency
 from lorafleet.router_service.watcher import Watcher
 from tests.router_service.conftest import Connect, Experts, Fleet, Serve
 
@@ -78,6 +79,35 @@ def test_a_version_that_cannot_be_loaded_is_logged_and_the_others_are_served(
         assert watcher.poll()
     assert set(engine.adapters()) == {experts.letters.digest}
     assert f"{experts.digits.digest} cannot be loaded" in caplog.text
+
+
+def test_a_version_that_could_not_be_read_once_is_tried_again_after_a_pause(
+    engine: Engine, fleet: Fleet, experts: Experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, tries = [0.0], list[str]()
+    residency = Residency(engine, fleet.registry, clock=lambda: now[0])
+    version = fleet.add("acme/digits", experts.digits)
+
+    def away(version: Version) -> LoraAdapter:
+        tries.append(version.digest)
+        raise UnavailableError("the store is away")
+
+    def routed() -> list[Version]:
+        with residency.hold_loadable([version]) as there:
+            return there
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fleet.registry, "load", away)
+        residency.keep([version])
+        assert routed() == [] == residency.loadable([version])
+        now[0] = PAUSE_S - 1
+        assert routed() == [] and len(tries) == 1
+        now[0] = PAUSE_S
+        assert routed() == [] and len(tries) == 2
+    assert residency.loadable([version]) == []
+    with residency.hold([version]):  # asked for by its name: that it can be read again is known from then on
+        assert residency.loadable([version]) == [version] == routed()
+    residency.keep([])
 
 
 def test_the_watcher_loads_new_versions_by_itself(

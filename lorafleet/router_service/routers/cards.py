@@ -61,7 +61,7 @@ def by_cards(text: str, pool: Pool) -> Route:
     shares = [LEAST, *(score / match.most for _, score in best)]
     scored = sorted(map(Scored, digests, shares, probabilities, weights), key=lambda one: (-one.score, one.digest))
     mix = {digest: weight for digest, weight in zip(digests, weights, strict=True) if digest != BASE and weight > 0}
-    said = pool.index.shared(text, best[0][0]) if best else []
+    said = pool.index.shared(match, best[0][0]) if best else []
     return Route(mix, tuple(scored), reason_in_words(scored, pool, said))
 
 

@@ -20,7 +20,6 @@ are several and say the same again: each counts a quarter.
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -40,8 +39,8 @@ COMMON: Final = 0.5
 FEW: Final = 4
 """Of fewer documents no term is too common."""
 _WORD: Final = re.compile(r"[^\W_]+")
-_PASSED_OVER, _UNKNOWN = -1, -2
-"""Rows of terms that are too common, and of those that no document has."""
+_PASSED_OVER = -1
+"""The row of terms that are too common."""
 _Term = tuple[str, bool]
 """A word, or a piece of one."""
 
@@ -58,6 +57,8 @@ class Match(NamedTuple):
     """``[N]``: BM25, in nats."""
     most: float
     """That a document could have; 0 for a text without terms."""
+    rows: NDArray[np.int64]
+    """The text's terms that the index holds, in order."""
 
 
 def words(text: str) -> list[str]:
@@ -65,10 +66,12 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def pieces(*words: str) -> list[str]:
-    """The n-grams of each word between two spaces; none of one that is not longer than a piece would be."""
-    bordered = [f" {word} " for word in words if len(word) >= PIECE - 1]
-    return [word[start : start + PIECE] for word in bordered for start in range(len(word) - PIECE + 1)]
+def pieces(word: str) -> list[str]:
+    """The n-grams of a word between two spaces; none of one that is not longer than a piece would be."""
+    if len(word) < PIECE - 1:
+        return []
+    bordered = f" {word} "
+    return [bordered[start : start + PIECE] for start in range(len(bordered) - PIECE + 1)]
 
 
 def idf(documents: int, having: NDArray[np.float64] | float) -> NDArray[np.float64]:
@@ -95,10 +98,17 @@ class Index:
             for term, count in terms.items():
                 held.setdefault(term, []).append((number, count))
         most = COMMON * self.documents if self.documents >= FEW else float(self.documents)
-        kept = {term: places for term, places in held.items() if len(places) <= most}
-        rows = dict.fromkeys(held, _PASSED_OVER) | {term: row for row, term in enumerate(kept)}
-        self._words = {text: row for (text, is_piece), row in rows.items() if not is_piece}
-        self._pieces = {text: row for (text, is_piece), row in rows.items() if is_piece}
+        # Words come first: a row's number tells what it is.
+        kept = {term: places for term, places in sorted(held.items(), key=_is_piece) if len(places) <= most}
+        rows = {term: row for row, term in enumerate(kept)}
+        self._words = [text for text, is_piece in kept if not is_piece]
+        self._pieces = {text: rows.get((text, True), _PASSED_OVER) for text, is_piece in held if is_piece}
+        self._terms = {
+            word: tuple(row for row in map(rows.get, _terms_of(word)) if row is not None)
+            for word, is_piece in held
+            if not is_piece
+        }
+        """word → rows of itself and its pieces, for every word of the documents"""
         self._having = having = np.array([len(places) for places in kept.values()], np.int64)
         self._starts = np.cumsum(having) - having
         self._documents = np.array([number for places in kept.values() for number, _ in places], np.int64)
@@ -112,37 +122,60 @@ class Index:
     @property
     def postings(self) -> int:
         """Terms, and pairs of a term and a document, that are held: about 100 bytes each."""
-        return len(self._documents) + len(self._words) + len(self._pieces)
+        return len(self._documents) + len(self._terms) + len(self._pieces)
 
     def match(self, text: str) -> Match:
         """BM25 of the text in every document."""
-        asked = set(words(text))
-        found = [self._words.get(word, _UNKNOWN) for word in asked]
-        found_pieces = [self._pieces.get(piece, _UNKNOWN) for piece in set(pieces(*asked))]
-        unknown = found.count(_UNKNOWN) + PIECE_WEIGHT * found_pieces.count(_UNKNOWN)
+        found: set[int] = set()
+        unknown: set[_Term] = set()
+        for word in set(words(text)):
+            known = self._terms.get(word)
+            if known is None:  # of words that documents have, all pieces are known
+                unknown.add((word, False))
+                for piece in pieces(word):
+                    row = self._pieces.get(piece)
+                    if row is None:
+                        unknown.add((piece, True))
+                    elif row != _PASSED_OVER:
+                        found.add(row)
+            else:
+                found.update(known)
         # In order: sums of floats then do not depend on the order of a set.
-        rows = np.array(found + found_pieces, np.int64)
+        rows = np.fromiter(found, np.int64, len(found))
         rows.sort()
-        rows = rows[rows.searchsorted(0) :]
-        # Where the postings of these rows lie, one row after another.
+        places = self._places(rows)
+        parts = np.bincount(self._documents.take(places), self._parts.take(places), self.documents)
+        weight = sum([PIECE_WEIGHT if is_piece else 1.0 for _, is_piece in unknown])
+        most = float(self._most[rows].sum()) + weight * self._unknown
+        return Match(parts.astype(np.float64, copy=False), most, rows)
+
+    def shared(self, match: Match, document: int, *, most: int = 3) -> list[str]:
+        """The text's words that count most in a document, the weightiest first."""
+        rows = match.rows[: match.rows.searchsorted(len(self._words))]
+        places = self._places(rows)
+        of_document = self._documents.take(places) == document
+        found = zip(
+            (-self._parts.take(places)[of_document]).tolist(),
+            [self._words[row] for row in rows.repeat(self._having[rows])[of_document].tolist()],
+            strict=True,
+        )
+        return [word for _, word in sorted(found)[:most]]
+
+    def _places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the postings of these rows lie, one row after another."""
         having = self._having[rows]
         ends = having.cumsum()
         places = (self._starts[rows] - ends + having).repeat(having)
         places += np.arange(len(places))
-        parts = np.bincount(self._documents.take(places), self._parts.take(places), self.documents)
-        return Match(parts.astype(np.float64, copy=False), float(self._most[rows].sum()) + unknown * self._unknown)
+        return places
 
-    def shared(self, text: str, document: int, *, most: int = 3) -> list[str]:
-        """The text's words that count most in a document, the weightiest first."""
-        found = []
-        for word in set(words(text)):
-            if (row := self._words.get(word, _UNKNOWN)) >= 0:
-                start = int(self._starts[row])
-                end = start + int(self._having[row])
-                place = bisect_left(self._documents, document, start, end)  # a row's documents are in order
-                if place < end and self._documents[place] == document:
-                    found.append((-float(self._parts[place]), word))
-        return [word for _, word in sorted(found)[:most]]
+
+def _is_piece(held: tuple[_Term, object]) -> bool:
+    return held[0][1]
+
+
+def _terms_of(word: str) -> list[_Term]:
+    return [(word, False), *((piece, True) for piece in pieces(word))]
 
 
 def _terms(document: Document) -> Counter[_Term]:

@@ -165,7 +165,7 @@ class Index:
         """Where the postings of these rows lie, one row after another."""
         having = self._having[rows]
         ends = having.cumsum()
-        places = (self._starts[rows] - ends + having).repeat(having)
+        places: NDArray[np.int64] = (self._starts[rows] - ends + having).repeat(having)
         places += np.arange(len(places))
         return places
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Literal, Self
 
-from lorafleet.connection import ClientTls, Connection
+from lorafleet.connection import ClientTls, Connection, TransfersFullError
 from lorafleet.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -53,6 +53,8 @@ _SENT_AGAIN: Final = 3
 _STARTED: Final = 3
 """Times that an upload is started which others end while it is sent."""
 _OUT_OF_USE: Final = ("retired", "quarantined")
+_PASSING: Final = (UnavailableError, DeadlineExceededError, TransfersFullError)
+"""What may be over after a while, without anybody doing anything about it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class RemoteLineage:
     round: int
     rule: str
     parents: tuple[str, ...] = ()
-    """Digests; for its owner only."""
+    """Digests; for its owner only, from :meth:`AdapterClient.version`."""
+    parent_count: int = 0
+    """How many they are; for its owner, everywhere."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,8 @@ class AdapterClient:
     """Calls one server with one API key; errors are those of :mod:`lorafleet.errors`, in the server's words.
 
     ``timeout_s`` bounds each call; an upload or a download is many calls. Once begun it goes on by itself after a lost
-    connection or a restart of the server, until for ``patience_s`` nothing has come or gone. Without ``tls`` the key
-    travels in the clear: right on loopback only. Thread-safe.
+    connection or a restart of the server, and where too many calls move weights, until for ``patience_s`` nothing has
+    come or gone. Without ``tls`` the key travels in the clear: right on loopback only. Thread-safe.
     """
 
     def __init__(
@@ -319,7 +323,7 @@ class AdapterClient:
                 return
             try:
                 upload = self._send_leg(upload, folder)
-            except (UnavailableError, DeadlineExceededError) as error:
+            except _PASSING as error:
                 retry.wait(error)
                 upload = retry.call(self._standing, upload.id)
             if sum(file.durable_size for file in upload.files) > durable:
@@ -367,7 +371,7 @@ class AdapterClient:
                         raise UnavailableError(
                             f"{self._connection.address} sent a part of {reference} only; call again"
                         )
-                except (UnavailableError, DeadlineExceededError) as error:
+                except _PASSING as error:
                     if coming.version is None:
                         raise
                     if coming.size > had:
@@ -441,7 +445,7 @@ class _Retry:
         while True:
             try:
                 return ask(*arguments)
-            except (UnavailableError, DeadlineExceededError) as error:
+            except _PASSING as error:
                 self.wait(error)
 
 
@@ -574,7 +578,7 @@ def _adapter(found: adapters_pb2.Adapter) -> RemoteAdapter:
 
 def _version(found: adapters_pb2.Version) -> RemoteVersion:
     made = found.lineage
-    lineage = RemoteLineage(made.federation, made.round, made.rule, tuple(made.parents))
+    lineage = RemoteLineage(made.federation, made.round, made.rule, tuple(made.parents), made.parent_count)
     return RemoteVersion(
         reference=found.reference,
         number=found.number,

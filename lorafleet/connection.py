@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
@@ -22,10 +22,18 @@ from lorafleet.errors import (
     DeadlineExceededError,
     InvalidInputError,
     LorafleetError,
+    OverloadedError,
     PromotionRefusedError,
     QuotaExceededError,
     UnavailableError,
 )
+
+_MAX_ANSWER_BYTES: Final = 16 * 2**20
+"""Of one message, as servers send at most; gRPC's own limit is 4 MiB."""
+
+
+class TransfersFullError(OverloadedError):
+    """As many calls move weights as the server takes at once: unlike a full disk, over when one of them ends."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,11 @@ class Connection:
         """``timeout_s`` bounds each call as a whole. Without ``tls`` the key travels in the clear."""
         self.address, self._timeout_s = address, timeout_s
         self._metadata = _authorization(key)
+        options = [("grpc.max_receive_message_length", _MAX_ANSWER_BYTES)]
         self.channel = (
-            grpc.insecure_channel(address) if tls is None else grpc.secure_channel(address, tls.credentials())
+            grpc.insecure_channel(address, options)
+            if tls is None
+            else grpc.secure_channel(address, tls.credentials(), options)
         )
 
     def call(self, method: Any, request: Any) -> Any:
@@ -112,6 +123,7 @@ _BY_REASON: Mapping[str, type[LorafleetError]] = {
     "ADAPTER_FORMAT": AdapterFormatError,
     "PROMOTION_REFUSED": PromotionRefusedError,
     "QUOTA_EXCEEDED": QuotaExceededError,
+    "TRANSFERS_FULL": TransfersFullError,
 }
 _ERRORS = {status: error for error, status in reversed(GRPC_STATUS.items())}
 
@@ -125,17 +137,22 @@ def _error_of(error: grpc.RpcError, address: str) -> Exception:
         return UnavailableError(f"the call to {address} was cancelled before its end")
     if status == "UNAVAILABLE" and words.startswith("failed to connect"):
         return UnavailableError(f"no server answers at {address}; start one with `lorafleet serve` or name another one")
-    return _BY_REASON.get(_reason(error), _ERRORS.get(status, LorafleetError))(words)
+    reason, retry_after_s = _details(error)
+    kind = _BY_REASON.get(reason, _ERRORS.get(status, LorafleetError))
+    return QuotaExceededError(words, retry_after_s) if kind is QuotaExceededError else kind(words)
 
 
-def _reason(error: grpc.RpcError) -> str:
-    """Of its google.rpc.ErrorInfo; empty where there is none."""
+def _details(error: grpc.RpcError) -> tuple[str, float | None]:
+    """The reason of its google.rpc.ErrorInfo, and the seconds of its RetryInfo; empty and None where there is none."""
     try:
         found = rpc_status.from_call(error)
     except ValueError:  # details of another status than the call's
-        return ""
-    info = error_details_pb2.ErrorInfo()
+        return "", None
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    reason, retry_after_s = "", None
     for detail in found.details if found is not None else ():
         if detail.Unpack(info):
-            return str(info.reason)
-    return ""
+            reason = str(info.reason)
+        elif detail.Unpack(retry):
+            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+    return reason, retry_after_s

@@ -16,7 +16,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorafleet.adapters.expressions import Work
 from lorafleet.adapters.factor_space import LoraPair
-from lorafleet.adapters.lora import LoraAdapter
+from lorafleet.adapters.lora import LoraAdapter, check_path
+from lorafleet.adapters.patterns import ModulePatterns
 from lorafleet.errors import AdapterFormatError, InvalidInputError, NotFoundError
 
 CONFIG_NAME = "adapter_config.json"
@@ -34,8 +36,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 GATES_NAME = "gates.safetensors"
 LARGEST_CONFIG = 2**20
 """Bytes of a configuration; PEFT writes a few thousand, with a pattern for every module some hundred thousand."""
+LARGEST_WORK = 5_000_000
+"""Steps, about 1 s, in which the configuration's patterns are matched with all modules: 1 to 3 a module where keys are
+names, 15 a module and key where they are expressions."""
 PREFIX = "base_model.model."
-_KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<factor>[AB])\.weight$")
+_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight", re.DOTALL)
 
 READ = frozenset({
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias",
@@ -173,13 +178,18 @@ def read_factors(path: Path, only: Collection[str] | None = None) -> dict[str, d
 
 def parse_key(key: str, where: Path) -> tuple[str, str]:
     """The module path of a tensor's name, and which factor of it the tensor is."""
-    match = _KEY.match(key)
+    match = _KEY.fullmatch(key)
     if match is None:
         raise AdapterFormatError(
             f"{where}: found tensor {key!r}, expected only *.lora_A.weight and *.lora_B.weight of linear layers; "
             "embeddings, biases and whole layers are not supported: train or export without them"
         )
-    return match["path"].removeprefix(PREFIX), match["factor"]
+    path = match["path"].removeprefix(PREFIX)
+    try:
+        check_path(path)
+    except InvalidInputError as error:
+        raise AdapterFormatError(f"{where}: {error}") from None
+    return path, match["factor"]
 
 
 def read_tensor(file: Any, key: str, where: Path) -> Tensor:
@@ -203,6 +213,10 @@ def read_gates(path: Path) -> dict[str, Tensor]:
     if not gates:
         raise AdapterFormatError(f"{path} holds no tensors, expected at least one gate vector; delete it")
     for module, gate in gates.items():
+        try:
+            check_path(module)
+        except InvalidInputError as error:
+            raise AdapterFormatError(f"{path}: {error}") from None
         if gate.dtype != torch.float32:
             raise AdapterFormatError(f"{path}: {module} is {gate.dtype}, expected torch.float32; export it again")
     return gates
@@ -210,48 +224,68 @@ def read_gates(path: Path) -> dict[str, Tensor]:
 
 def fold(factors: dict[str, dict[str, Tensor]], config: dict[str, Any], where: Path) -> dict[str, LoraPair]:
     """Multiply each B by its module's scaling; the configuration's alpha, and the tensor's rank, which it agrees to."""
-    modules = {path: fold_pair(path, LoraPair(pair["A"], pair["B"]), config, where) for path, pair in factors.items()}
+    pairs = {path: LoraPair(pair["A"], pair["B"]) for path, pair in factors.items()}
+    ranks = {path: check_shapes(path, pair.a.shape, pair.b.shape, where) for path, pair in pairs.items()}
+    scalings = read_scalings(ranks, config, where)
     try:
-        return dict(LoraAdapter(modules).modules)
+        return dict(LoraAdapter({path: scaled(pair, scalings[path]) for path, pair in pairs.items()}).modules)
     except InvalidInputError as error:
         raise AdapterFormatError(f"{where}: {error}") from None
 
 
-def fold_pair(path: str, pair: LoraPair, config: dict[str, Any], where: Path) -> LoraPair:
-    """The same for one module."""
-    a, b = pair
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+def check_shapes(path: str, a: Sequence[int], b: Sequence[int], where: Path) -> int:
+    """The rank of a module whose factors have these shapes; AdapterFormatError where they do not belong together."""
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
         raise AdapterFormatError(
-            f"{where}: {path} has A {list(a.shape)} and B {list(b.shape)}, expected [r, d_in] and [d_out, r]"
+            f"{where}: {path} has A {list(a)} and B {list(b)}, expected [r, d_in] and [d_out, r], none of them 0; "
+            "export it again"
         )
-    rank = a.shape[0]
-    stated = look_up(path, config, "rank_pattern", config.get("r", rank), where)
-    if stated != rank:
-        raise AdapterFormatError(f"{where}: {path} has rank {rank}, r or rank_pattern says {stated:g}; export it again")
-    alpha = look_up(path, config, "alpha_pattern", config.get("lora_alpha", 8), where)
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    # Where nothing is scaled the stored bits are kept, so that a digest survives the round trip.
-    return LoraPair(a, b if scaling == 1.0 else b * scaling)
+    return a[0]
 
 
-def look_up(path: str, config: dict[str, Any], name: str, default: Any, where: Path) -> float:
-    """A module's number by the pattern of this name, or the default; raises AdapterFormatError where it is none."""
-    pattern = config.get(name) or {}
+def read_scalings(ranks: Mapping[str, int], config: dict[str, Any], where: Path) -> dict[str, float]:
+    """Module path → what its ``B A`` is multiplied by.
+
+    Raises AdapterFormatError where the configuration says other ranks, what is no number, or patterns that take too
+    long.
+    """
+    rank_pattern, alpha_pattern = (_read_patterns(config, name, where) for name in ("rank_pattern", "alpha_pattern"))
+    work = Work(LARGEST_WORK)
+    scalings: dict[str, float] = {}
+    for path, rank in ranks.items():
+        try:
+            stated = rank_pattern.find(path, config.get("r", rank), work)
+            alpha = alpha_pattern.find(path, config.get("lora_alpha", 8), work)
+        except InvalidInputError as error:
+            raise AdapterFormatError(f"{where}: rank_pattern, alpha_pattern: {error}") from None
+        for name, value in (("rank_pattern", stated), ("alpha_pattern", alpha)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+                raise AdapterFormatError(
+                    f"{where}: found {value!r} by r, lora_alpha or {name} for {path}, expected a number"
+                )
+        if stated != rank:
+            raise AdapterFormatError(
+                f"{where}: {path} has rank {rank}, r or rank_pattern says {float(stated):g}; export it again"
+            )
+        scalings[path] = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return scalings
+
+
+def _read_patterns(config: dict[str, Any], name: str, where: Path) -> ModulePatterns:
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterFormatError(
+            f"{where}: {name} is a {type(patterns).__name__}, expected regular expressions with a number each"
+        )
     try:
-        value = match_pattern(path, pattern, default)
-    except (re.error, AttributeError) as error:
-        raise AdapterFormatError(f"{where}: {name} is {pattern!r}, expected regular expressions ({error})") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise AdapterFormatError(f"{where}: found {value!r} by r, lora_alpha or {name} for {path}, expected a number")
-    return float(value)
+        return ModulePatterns(patterns)
+    except InvalidInputError as error:
+        raise AdapterFormatError(f"{where}: {name}: {error}") from None
 
 
-def match_pattern(path: str, pattern: dict[str, Any], default: Any) -> Any:
-    """PEFT's lookup: the first key that is a full path, a suffix after a dot, or a regular expression for one."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def scaled(pair: LoraPair, scaling: float) -> LoraPair:
+    """The pair of ``scaling · B A``; where nothing is scaled with the stored bits, so that a digest survives."""
+    return pair if scaling == 1.0 else LoraPair(pair.a, pair.b * scaling)
 
 
 def save_adapter(adapter: LoraAdapter, directory: Path) -> None:

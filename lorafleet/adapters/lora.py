@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,13 +18,33 @@ from lorafleet.adapters import factor_space
 from lorafleet.adapters.factor_space import LoraPair
 from lorafleet.errors import BaseMismatchError, InvalidInputError
 
+LONGEST_PATH = 512
+"""Characters of a module's path; the longest of usual models have about 80."""
+# ASCII, as all models' are: two paths that look alike are the same, and expressions mean the same everywhere.
+_PATH = re.compile(r"[\w.\-]+", re.ASCII)
+
+
+def check_path(path: str) -> None:
+    """Refuse what is no path of a module.
+
+    A digest needs that too: it is over paths without their lengths, which a space ends.
+    """
+    if len(path) > LONGEST_PATH:
+        raise InvalidInputError(
+            f"found a module path of {len(path)} characters, expected at most {LONGEST_PATH}; the adapter is damaged"
+        )
+    if not _PATH.fullmatch(path):
+        raise InvalidInputError(
+            f"found the module path {path!r}, expected letters, digits, '_', '-' and dots, of ASCII; rename the module"
+        )
+
 
 def check_pair(path: str, pair: LoraPair) -> None:
-    """Refuse factors of shapes that do not belong together, without a rank, or not finite."""
+    """Refuse factors of shapes that do not belong together, without a rank or a width, or not finite."""
     a, b = pair
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         raise InvalidInputError(
-            f"{path}: found A {list(a.shape)}, B {list(b.shape)}; expected [r, d_in], [d_out, r] with r ≥ 1"
+            f"{path}: found A {list(a.shape)}, B {list(b.shape)}; expected [r, d_in], [d_out, r], none of them 0"
         )
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise InvalidInputError(f"{path}: found NaN or infinity in its factors; the adapter is damaged")
@@ -40,6 +61,7 @@ def check_gate(path: str, gate: Tensor, d_in: int) -> None:
 def content_digest(modules: Iterable[tuple[str, LoraPair]], gates: Iterable[tuple[str, Tensor]]) -> str:
     """``sha256:…`` over paths, shapes and float32 bytes of factors and of gate vectors, both in the order of paths.
 
+    Paths are what :func:`check_path` lets pass: with spaces and lines' ends, one's name could hold another's factors.
     Each is looked at once and let go, so that a whole adapter need not be in memory.
     """
     digest = hashlib.sha256()
@@ -72,6 +94,7 @@ class LoraAdapter:
         if not self.modules:
             raise InvalidInputError("an adapter needs at least one adapted module, found none")
         for path, pair in self.modules.items():
+            check_path(path)
             check_pair(path, pair)
         for path, gate in self.gates.items():
             if path not in self.modules:

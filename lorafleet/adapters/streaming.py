@@ -22,20 +22,25 @@ from lorafleet.adapters.format import (
     CONFIG_NAME,
     GATES_NAME,
     WEIGHTS_NAME,
-    fold_pair,
+    check_shapes,
     key_of,
     parse_key,
     read_config,
+    read_scalings,
     read_tensor,
     refuse_other_weights,
     refuse_unsupported,
     save_config,
+    scaled,
 )
-from lorafleet.adapters.lora import check_gate, check_pair, content_digest
+from lorafleet.adapters.lora import check_gate, check_pair, check_path, content_digest
 from lorafleet.errors import AdapterFormatError, InvalidInputError, NotFoundError
 
 LARGEST_HEADER = 16 * 2**20
 """Bytes of a safetensors header; a tensor takes about 130, so that this is far beyond 100 000 modules."""
+LARGEST_MODULE = 256 * 2**20
+"""Bytes of a module's factors in float32; rank 256 on 16,384 → 65,536 takes 84 MB. Checking a module takes several
+times as much, and a file of 2 GiB may be a single one."""
 MAPPED_BYTES = 32 * 2**20
 """What is read of a file before it is mapped anew: pages that were read stay in a process's memory until then."""
 
@@ -46,6 +51,20 @@ class Shape(NamedTuple):
     rank: int
     d_in: int
     d_out: int
+
+    @property
+    def size_bytes(self) -> int:
+        """In float32."""
+        return 4 * self.rank * (self.d_in + self.d_out)
+
+
+def check_size(path: str, shape: Shape) -> None:
+    """InvalidInputError for a module above :data:`LARGEST_MODULE`."""
+    if shape.size_bytes > LARGEST_MODULE:
+        raise InvalidInputError(
+            f"{path} has rank {shape.rank} on {shape.d_in} → {shape.d_out}, {shape.size_bytes} bytes in float32, "
+            f"expected at most {LARGEST_MODULE}; compress the adapter to a lower rank"
+        )
 
 
 class Contents(NamedTuple):
@@ -61,7 +80,8 @@ class Contents(NamedTuple):
 class AdapterReader:
     """A folder in PEFT's format whose headers were read and make sense; values are read by :meth:`modules`.
 
-    Raises what ``LoraAdapter.load`` raises. The files must not change while it is used: it maps them.
+    Raises what ``LoraAdapter.load`` raises, and AdapterFormatError for a module above :data:`LARGEST_MODULE`. The files
+    must not change while it is used: it maps them.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -76,6 +96,8 @@ class AdapterReader:
         self._keys: dict[str, dict[str, str]] = {}
         """Module path → factor → the tensor's name in the file."""
         self.shapes = self._read_shapes()
+        ranks = {path: shape.rank for path, shape in self.shapes.items()}
+        self._scalings = read_scalings(ranks, self._config, self._config_path)
         self.gate_paths = self._read_gate_paths() if self._gates.exists() else []
 
     @property
@@ -97,7 +119,7 @@ class AdapterReader:
                 for path in batch:
                     factors = self._keys[path]
                     a, b = (read_tensor(file, factors[name], self._weights) for name in "AB")
-                    pair = fold_pair(path, LoraPair(a, b), self._config, self._config_path)
+                    pair = scaled(LoraPair(a, b), self._scalings[path])
                     with _blaming(self._config_path):
                         check_pair(path, pair)
                     yield path, pair
@@ -129,17 +151,18 @@ class AdapterReader:
         if set(factors) != {"A", "B"}:
             raise AdapterFormatError(f"{self._weights}: {path} has only factor {', '.join(factors)}, expected A and B")
         a, b = factors["A"], factors["B"]
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] == 0:
-            raise AdapterFormatError(
-                f"{self._weights}: {path} has A {list(a)} and B {list(b)}, expected [r, d_in] and [d_out, r]"
-            )
-        return Shape(rank=a[0], d_in=a[1], d_out=b[0])
+        shape = Shape(rank=check_shapes(path, a, b, self._weights), d_in=a[1], d_out=b[0])
+        with _blaming(self._weights):
+            check_size(path, shape)
+        return shape
 
     def _read_gate_paths(self) -> list[str]:
         header = _header(self._gates)
         if not header:
             raise AdapterFormatError(f"{self._gates} holds no tensors, expected at least one gate vector; delete it")
         for path, (dtype, shape) in header.items():
+            with _blaming(self._gates):
+                check_path(path)
             if dtype != "F32":
                 raise AdapterFormatError(f"{self._gates}: {path} is {dtype}, expected F32; export it again")
             if path not in self.shapes:
@@ -157,10 +180,10 @@ class AdapterReader:
         batch: list[str] = []
         size = 0
         for path, shape in self.shapes.items():
-            size += 4 * shape.rank * (shape.d_in + shape.d_out)
+            size += shape.size_bytes
             if batch and size > MAPPED_BYTES:
                 yield batch
-                batch, size = [], 4 * shape.rank * (shape.d_in + shape.d_out)
+                batch, size = [], shape.size_bytes
             batch.append(path)
         yield batch
 

@@ -35,4 +35,4 @@ def drop_old_updates(
             federation, through=through, uncounted=not spans_rounds, keep=last_words, token=parts.token
         )
     except LorafleetError as error:
-        log.warning("updates of rounds up to %d are kept for now: %s", through, error)
+        log.warning("updates of rounds up to %d are deleted later: %s", through, error)

@@ -48,9 +48,13 @@ class Flow:
     """Its first request waits for an adapter, and none of it runs: not for its turn."""
 
     @property
+    def requests(self) -> int:
+        return len(self.waiting) + self.running
+
+    @property
     def demand(self) -> float:
         """requests : weight"""
-        return (len(self.waiting) + self.running) / self.weight
+        return self.requests / self.weight
 
 
 class FairQueue:
@@ -116,19 +120,22 @@ class FairQueue:
             most -= 1
             yield request
 
-    def heavy(self, lead: float) -> set[str]:
+    def heavy(self, lead: float, *, flood: int) -> set[str]:
         """Tenants that others need not wait for: all but the light ones; nobody where there are no light ones.
 
         Light are the one with fewest requests : weight, and each next one that has not far more than the average of
-        those before it; and of the others those that were not served far more than these, lately. But for those that
-        had ``lead`` more than the tenant that had least, however few requests they have at a time.
+        those before it; and of the others those that have less than ``flood`` requests, and were not served far more
+        than these, lately. But for those that had ``lead`` more than the tenant that had least, however few requests
+        they have at a time.
         """
         flows = sorted((flow for flow in self._flows.values() if not flow.held_up), key=lambda flow: flow.demand)
         few = self._with_few(flows)
         if few == len(flows):
             return set()
         served = HEAVY * sum(self.lately(flow.tenant) for flow in flows[:few]) / few
-        light = flows[:few] + [flow for flow in flows[few:] if self.lately(flow.tenant) <= served]
+        light = flows[:few] + [
+            flow for flow in flows[few:] if flow.requests < flood and self.lately(flow.tenant) <= served
+        ]
         if len(light) == len(flows):
             return set()
         least = min(flow.counter for flow in flows)

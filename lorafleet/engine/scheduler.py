@@ -18,8 +18,8 @@ from lorafleet.engine.tiers import Claim
 LOOKAHEAD = 4
 # In whole steps of tokens: what a tenant with few requests may be served in a burst, ahead of the others.
 LEAD_STEPS: Final = 16
-# In whole steps of tokens, too: what "lately" is. On a CPU 7 s and some 600 requests, so that twenty tenants that ask
-# for the same differ by less than half; a tenant that begins to flood is held back when it has had half as much again.
+# In whole steps of tokens, too: what "lately" is. Some 350 requests, so that twenty tenants that ask for the same differ
+# by less than half; on a small CPU 20 s, too long to wait for where one tenant wants every place.
 WINDOW_STEPS: Final = 64
 # How much longer tenants with many requests may make a step of those with few.
 SLOWDOWN: Final = 1.2
@@ -59,7 +59,8 @@ class Scheduler:
     **Tenants.** The order is that of :class:`FairQueue`; what a step computes is charged when it is scheduled, and what
     is found in the cache is not. That alone does not help a tenant that uses little against one that floods: it would
     find all places taken, and share each step with as many sequences as run at a time. So, where some tenants have far
-    more requests for their weight than the others, and were served more lately (:meth:`FairQueue.heavy`):
+    more requests for their weight than the others, and want every place or were served more lately
+    (:meth:`FairQueue.heavy`):
 
     - Those with few are scheduled first. The heavy ones add what makes the step at most ``SLOWDOWN`` times as long as
       it would be without them, by :class:`StepCost`, and one sequence in any case. For that a place is kept, but where
@@ -137,7 +138,7 @@ class Scheduler:
         """The runs of the next step, one-token runs first; empty when nothing can be done."""
         self._look_ahead()
         lead = LEAD_STEPS * self._budget
-        heavy = self._queue.heavy(lead)
+        heavy = self._queue.heavy(lead, flood=self._max_sequences)
         step = _Step(
             tokens=self._budget,
             sequences=self._max_sequences,

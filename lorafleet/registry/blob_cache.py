@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -21,14 +22,9 @@ class BlobCache:
     """A folder of copies, at most about ``most_bytes`` of them. Safe for any number of threads and processes."""
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
+        _check(folder)  # before what lies in it is swept: it may be what somebody else wants to be rid of
         self._files = LocalFiles(folder, durable=False)
         self._most_bytes = most_bytes
-        found = self._files.folder.stat()
-        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-            raise BackendError(
-                f"the cache of weights {self._files.folder} is another user's, or open to others (mode "
-                f"{found.st_mode & 0o777:o}); expected a folder of this user's alone (mode 700)"
-            )
 
     @property
     def folder(self) -> Path:
@@ -71,6 +67,26 @@ class BlobCache:
                 return
             if copy.digest != keep and self.discard(copy.digest):
                 size -= copy.size
+
+
+def _check(folder: Path) -> None:
+    """Make the folder where it is not there; BackendError where it is not this user's alone."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise BackendError(
+            f"the cache of weights {folder} cannot be used ({error}); give a folder that this process may write to"
+        ) from error
+    if stat.S_ISLNK(found.st_mode):
+        raise BackendError(
+            f"the cache of weights {folder} is a symbolic link, expected a folder; give the one that it leads to"
+        )
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise BackendError(
+            f"the cache of weights {folder} is another user's, or open to others (mode {found.st_mode & 0o777:o}); "
+            "expected a folder of this user's alone (mode 700)"
+        )
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 Each is a folder in PEFT format, in a place behind :mod:`lorafleet.registry.files`. The config names no base, as equal
 weights of two tenants share a folder. Who may store and who may delete is agreed on in the database
-(:mod:`lorafleet.registry.claims`); a repair deletes, too, and is told how.
+(:mod:`lorafleet.registry.claims`). What is damaged is written over when it is stored again, and never deleted for it:
+whoever writes under a digest writes the same bytes, and others may name them.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import os
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from safetensors import SafetensorError
 
@@ -29,13 +30,11 @@ from lorafleet.adapters.format import (
 )
 from lorafleet.adapters.streaming import AdapterReader, Contents, check_header_size, folder_digest, transcribe
 from lorafleet.errors import AdapterFormatError, BackendError, InvalidInputError, NotFoundError
-from lorafleet.registry.files import StoredBlob, open_files
+from lorafleet.registry.files import Deletion, StoredBlob, open_files
 from lorafleet.registry.references import check_digest, is_digest
 
 DELETING_S = 20.0
-"""See :meth:`BlobStore.delete`; together with a last request it is well below the 60 s that PostgreSQL waits."""
-Alone = Callable[[Sequence[str]], AbstractContextManager[object]]
-"""A block in which nobody else deletes weights of these digests, nor begins to store them"""
+"""See :meth:`BlobStore.delete`; with the requests of what was begun it is half a minute."""
 _COPIED_BYTES = 2**20
 T = TypeVar("T")
 
@@ -66,18 +65,19 @@ class BlobStore:
         """
         return self._files.path(check_digest("blob", digest))
 
-    def put(self, adapter: LoraAdapter, *, alone: Alone = nullcontext) -> str:
+    def put(self, adapter: LoraAdapter) -> str:
         """Store an adapter and return its digest; when this returns, it survives a loss of power.
 
-        What is there already is read and verified, and written again where it is damaged. What is damaged is removed
-        within ``alone``; without it nobody else may use the place.
+        What is there already is read and verified, and written again where it is damaged: from an object store it is
+        downloaded for that, whatever copies there are of it here.
         """
         digest = adapter.digest
         with self._explaining(digest):
-            if not self._is_sound(digest, self.read, alone):
+            state = self._state(digest)
+            if state != "sound":
                 with self._files.incoming() as folder:
                     LoraAdapter(adapter.modules, gates=adapter.gates).save(folder)
-                    self._files.publish(digest, folder)
+                    self._store(digest, folder, state)
         return digest
 
     @contextmanager
@@ -106,22 +106,20 @@ class BlobStore:
                 contents = transcribe(copied, written, headers=headers, check=check)
             yield Received(contents, written)
 
-    def adopt(self, received: Received, *, alone: Alone = nullcontext) -> None:
+    def adopt(self, received: Received) -> None:
         """Store what :meth:`receive` gave, as :meth:`put` does."""
         digest = received.contents.digest
         with self._explaining(digest):
-            if not self._is_sound(digest, self.verify, alone):
-                self._files.publish(digest, received.folder)
+            state = self._state(digest)
+            if state != "sound":
+                self._store(digest, received.folder, state)
 
-    def delete(self, digests: Sequence[str]) -> None:
-        """Remove weights, where they are there. Only what the database says may go, in the transaction that said so.
+    def delete(self, digests: Sequence[str]) -> Deletion:
+        """Remove weights, where they are there, and say what became of each. Only what the database has a mark on.
 
-        Nothing is begun any more after 20 s, when the database may soon end that transaction, and with it its locks.
+        Nothing is begun any more after 20 s, long before the mark ends.
         """
-        try:
-            self._delete(digests)
-        except OSError as error:
-            raise BackendError(f"weights cannot be deleted from {self.name} ({error}); call again") from error
+        return self._files.delete([check_digest("blob", each) for each in digests], until=time.monotonic() + DELETING_S)
 
     def stored(self) -> Iterator[StoredBlob]:
         """Everything that is there, also what a killed process left half stored."""
@@ -198,33 +196,23 @@ class BlobStore:
                 raise
             return read(digest)
 
-    def _is_sound(self, digest: str, read: Callable[[str], object], alone: Alone) -> bool:
-        """Whether a digest is stored, and what is stored has it; what is damaged is removed.
+    def _state(self, digest: str) -> Literal["absent", "sound", "damaged"]:
+        """What the place itself has under a digest. BackendError where it cannot be read now: it may be sound."""
+        try:
+            with self._blaming(digest), self._files.original(check_digest("blob", digest)) as path:
+                if path is None:
+                    return "absent"
+                _check_digest_of(path, digest)
+        except _DamagedError:
+            return "damaged"
+        return "sound"
 
-        What merely cannot be read now is not: others' versions may name it. Nor is what somebody else has stored since
-        the damage was found: it may be named by now, and is looked at anew. Reading takes too long to do it alone.
-        """
-        while (found := self._files.stamp(check_digest("blob", digest))) is not None:
-            try:
-                read(digest)
-                return True
-            except _DamagedError:
-                with alone([digest]):
-                    if self._files.stamp(digest) == found:
-                        self._delete([digest])
-            except BackendError:
-                if self._files.stamp(digest) is not None:
-                    raise  # otherwise somebody else found the damage, too
-        return False
-
-    def _delete(self, digests: Sequence[str]) -> None:
-        self._files.delete([check_digest("blob", digest) for digest in digests], until=time.monotonic() + DELETING_S)
+    def _store(self, digest: str, folder: Path, state: Literal["absent", "damaged"]) -> None:
+        (self._files.publish if state == "absent" else self._files.mend)(digest, folder)
 
     def _verify(self, digest: str) -> None:
         with self._reading(digest) as path:
-            found = folder_digest(path)
-            if found != digest:
-                raise InvalidInputError(f"what {path} holds has the digest {found}")
+            _check_digest_of(path, digest)
 
     @contextmanager
     def _explaining(self, what: str) -> Iterator[None]:
@@ -239,6 +227,12 @@ class BlobStore:
 
 class _DamagedError(BackendError):
     """What is stored is not what its digest says."""
+
+
+def _check_digest_of(folder: Path, digest: str) -> None:
+    found = folder_digest(folder)
+    if found != digest:
+        raise InvalidInputError(f"what {folder} holds has the digest {found}")
 
 
 def _copy(source: Path, target: Path, *, most: int | None) -> None:

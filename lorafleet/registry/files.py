@@ -23,6 +23,19 @@ class StoredBlob(NamedTuple):
     """Seconds since the epoch, by the store's clock"""
 
 
+class Deletion(NamedTuple):
+    """What became of digests that were to be deleted."""
+
+    gone: list[str]
+    """By a clean answer: nothing is on its way any more"""
+    untouched: list[str]
+    """Nothing is on its way either, and some or all of each is still there"""
+    unsure: list[str]
+    """A request was sent, and nobody knows whether it was carried out, or will be"""
+    error: OSError | None
+    """Why not all of them are gone"""
+
+
 class BlobFiles(Protocol):
     """The files of blobs in one place. Safe for any number of threads and processes.
 
@@ -43,17 +56,23 @@ class BlobFiles(Protocol):
         that :meth:`held` would find.
         """
 
+    def mend(self, digest: str, folder: Path) -> None:
+        """:meth:`publish` over what is there, file by file, so that none is missing in between.
+
+        Any number may do so at once, as they all write the same bytes.
+        """
+
     def held(self, digest: str) -> AbstractContextManager[Path | None]:
         """A folder of this machine with a digest's files, there until the block's end; None where there is none."""
 
+    def original(self, digest: str) -> AbstractContextManager[Path | None]:
+        """As :meth:`held`, of what the place itself has, and never of a copy that was made before.
+
+        A block that raises says that the files are not sound: they are kept nowhere.
+        """
+
     def path(self, digest: str) -> Path:
         """The same folder, or where it would be; without a promise of how long."""
-
-    def stamp(self, digest: str) -> str | None:
-        """Of what lies under a digest, for all who share the place; None where it is not there, or not all of it.
-
-        Once something else is stored there, it is another one.
-        """
 
     def fetch_again(self, digest: str) -> bool:
         """Forget a copy of this machine that turned out to be damaged; False where there is no other to be had.
@@ -61,10 +80,10 @@ class BlobFiles(Protocol):
         UnavailableError where the copy stays because somebody reads it.
         """
 
-    def delete(self, digests: Sequence[str], *, until: float) -> None:
-        """Remove them, where they are there; each goes at once for :meth:`held`.
+    def delete(self, digests: Sequence[str], *, until: float) -> Deletion:
+        """Remove them, where they are there; each goes at once for :meth:`held`. Raises no OSError.
 
-        Nothing is begun after ``until`` by the monotonic clock: then TimeoutError.
+        Nothing is begun after ``until`` by the monotonic clock: then the error is a TimeoutError.
         """
 
     def stored(self) -> Iterator[StoredBlob]:

@@ -18,11 +18,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from lorafleet.errors import BackendError
-from lorafleet.registry.files import StoredBlob, blob_path, check_time
+from lorafleet.registry.files import Deletion, StoredBlob, blob_path, check_time
 
 
 class LocalFiles:
@@ -73,28 +73,41 @@ class LocalFiles:
                 raise
         self._sync(target.parent)
 
+    def mend(self, digest: str, folder: Path) -> None:
+        target = self.path(digest)
+        names = sorted(file.name for file in folder.iterdir())
+        for name in names:
+            self._sync(folder / name)
+        for name in names:
+            (folder / name).replace(target / name)
+        for file in target.iterdir():
+            if file.name not in names:
+                file.unlink(missing_ok=True)
+        self._sync(target)
+
     @contextmanager
     def held(self, digest: str) -> Iterator[Path | None]:
         path = self.path(digest)
         yield path if path.is_dir() else None
 
-    def stamp(self, digest: str) -> str | None:
-        try:
-            found = {file.name: file.stat() for file in self.path(digest).iterdir()}
-        except (FileNotFoundError, NotADirectoryError):  # not there, or deleted meanwhile
-            return None
-        return repr(
-            [(name, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for name, at in sorted(found.items())]
-        )
+    def original(self, digest: str) -> AbstractContextManager[Path | None]:
+        return self.held(digest)
 
     def fetch_again(self, digest: str) -> bool:
         return False
 
-    def delete(self, digests: Sequence[str], *, until: float) -> None:
-        for digest in digests:
-            check_time(until)
-            with suppress(FileNotFoundError), self.incoming() as grave:
-                self.path(digest).rename(grave / "blob")
+    def delete(self, digests: Sequence[str], *, until: float) -> Deletion:
+        gone: list[str] = []
+        try:
+            for digest in digests:
+                check_time(until)
+                with suppress(FileNotFoundError), self.incoming() as grave:
+                    self.path(digest).rename(grave / "blob")
+                gone.append(digest)
+        except OSError as error:
+            # A rename is done when it returns, and not done when it fails.
+            return Deletion(gone, list(digests[len(gone) :]), [], error)
+        return Deletion(gone, [], [], None)
 
     def stored(self) -> Iterator[StoredBlob]:
         for shard in sorted((self.folder / "sha256").iterdir()):
@@ -121,6 +134,8 @@ class LocalFiles:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return  # somebody is writing; a later start sweeps
+            if self._incoming.is_symlink():
+                return  # what it leads to may be somebody's
             for left in self._incoming.iterdir():
                 shutil.rmtree(left, ignore_errors=True)
 

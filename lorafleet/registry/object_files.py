@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from itertools import groupby
@@ -29,14 +30,14 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 
 from lorafleet.adapters.format import CONFIG_NAME, GATES_NAME, WEIGHTS_NAME
 from lorafleet.adapters.streaming import folder_digest
 from lorafleet.errors import BackendError, InvalidInputError
 from lorafleet.registry.blob_cache import BlobCache
-from lorafleet.registry.files import StoredBlob, blob_path, check_time
+from lorafleet.registry.files import Deletion, StoredBlob, blob_path, check_time
 
 SCHEMES = ("s3", "gs", "az")
 CACHE_MB = 8192
@@ -44,6 +45,9 @@ PIECE_BYTES = 8 * 2**20
 """Of a download; an upload has several of them in memory at a time."""
 UPLOADED_AT_ONCE = 4
 LISTED_AT_ONCE = 1000
+DELETED_AT_ONCE = 10
+"""Digests, in as many threads, where a request deletes one object: 100 of them in some seconds instead of half a
+minute, at 0.1 s a request."""
 # The object that makes a blob whole is the last one.
 _NAMES = (GATES_NAME, WEIGHTS_NAME, CONFIG_NAME)
 
@@ -103,9 +107,9 @@ class ObjectFiles:
         self._place = place = parse_place(url)
         self._cache = BlobCache(place.cache, place.cache_bytes)
         try:
-            self._store = _connect(place, request="1h", silence="20s", retry_s=60)
-            # Deletions happen inside of a transaction that others wait for.
-            self._impatient = _connect(place, request="5s", silence="5s", retry_s=5)
+            self._store = _connect(place, request="1h", silence="20s", retries=5)
+            # Of deletions. Without retries, so that a clean answer says that nothing is on its way any more.
+            self._impatient = _connect(place, request="5s", silence="5s", retries=0)
         except (BaseError, ValueError) as error:
             raise InvalidInputError(
                 f"{place.url} cannot be used as a place of weights ({_first_line(error)})"
@@ -114,6 +118,11 @@ class ObjectFiles:
     @property
     def name(self) -> str:
         return self._place.url
+
+    @property
+    def _many_at_once(self) -> bool:
+        """S3 deletes a thousand objects in one request, and does not mind those that are not there; others do."""
+        return self._place.url.startswith("s3:")
 
     def path(self, digest: str) -> Path:
         return self._cache.path(digest)
@@ -134,6 +143,15 @@ class ObjectFiles:
                     )
         self._cache.add(digest, folder)
 
+    def mend(self, digest: str, folder: Path) -> None:
+        self._cache.discard(digest)
+        # Weights of this digest never have these, so that it does not matter how late they go.
+        strange = [name for name in self._under(digest) if not (folder / name).exists()]
+        self.publish(digest, folder)
+        with _as_os_error(), suppress(FileNotFoundError):
+            for name in strange:
+                obstore.delete(self._store, f"{blob_path(digest)}/{name}")
+
     @contextmanager
     def held(self, digest: str) -> Iterator[Path | None]:
         for _ in range(5):
@@ -147,11 +165,19 @@ class ObjectFiles:
         # Somebody takes each copy away before it is read.
         raise BackendError(f"the cache of weights {self._cache.folder} is too small; give it more by cache_mb")
 
-    def stamp(self, digest: str) -> str | None:
+    @contextmanager
+    def original(self, digest: str) -> Iterator[Path | None]:
+        # A listing would be cheaper, and says nothing of what the objects hold where a store gives no MD5 of them.
         found = self._under(digest)
         if CONFIG_NAME not in found:
-            return None
-        return repr([(name, of["e_tag"], of["size"], of["last_modified"]) for name, of in sorted(found.items())])
+            yield None
+            return
+        with self._cache.incoming() as folder:
+            for name in found:
+                with _as_os_error(), suppress(FileNotFoundError):  # it went since it was listed
+                    self._download(f"{blob_path(digest)}/{name}", folder / name)
+            yield folder
+            self._cache.add(digest, folder)
 
     def fetch_again(self, digest: str) -> bool:
         if not self._cache.discard(digest):
@@ -162,18 +188,46 @@ class ObjectFiles:
             )
         return True
 
-    def delete(self, digests: Sequence[str], *, until: float) -> None:
-        with _as_os_error():
+    def delete(self, digests: Sequence[str], *, until: float) -> Deletion:
+        if self._many_at_once:
+            done = self._delete(digests, until)
+        else:
+            with ThreadPoolExecutor(DELETED_AT_ONCE) as threads:
+                each = list(threads.map(lambda digest: self._delete([digest], until), digests))
+            done = Deletion(
+                [digest for one in each for digest in one.gone],
+                [digest for one in each for digest in one.untouched],
+                [digest for one in each for digest in one.unsure],
+                next((one.error for one in each if one.error is not None), None),
+            )
+        with suppress(OSError):  # copies of what is gone go when others need their place, too
+            for digest in digests:
+                self._cache.discard(digest)
+        return done
+
+    def _delete(self, digests: Sequence[str], until: float) -> Deletion:
+        """Several digests, together; the configurations first, so that none is there when its weights go."""
+        try:
+            check_time(until)
+        except TimeoutError as error:
+            return Deletion([], list(digests), [], error)
+        try:
             for names in ((CONFIG_NAME,), (WEIGHTS_NAME, GATES_NAME)):
                 paths = [f"{blob_path(digest)}/{name}" for digest in digests for name in names]
-                # S3 takes a thousand in one request, and does not mind those that are not there; others do.
-                many = 1000 if self._place.url.startswith("s3:") else 1
-                for start in range(0, len(paths), many):
-                    check_time(until)
-                    with suppress(FileNotFoundError):
-                        obstore.delete(self._impatient, paths[start : start + many])
-        for digest in digests:
-            self._cache.discard(digest)
+                with _as_os_error():
+                    self._delete_objects(paths)
+        except PermissionError as error:  # a clean answer, too
+            return Deletion([], list(digests), [], error)
+        except OSError as error:
+            return Deletion([], [], list(digests), error)
+        return Deletion(list(digests), [], [], None)
+
+    def _delete_objects(self, paths: Sequence[str]) -> None:
+        """Objects that may not be there."""
+        many = 1000 if self._many_at_once else 1
+        for start in range(0, len(paths), many):
+            with suppress(FileNotFoundError):
+                obstore.delete(self._impatient, paths[start : start + many])
 
     def stored(self) -> Iterator[StoredBlob]:
         # Object stores list by path, so that a digest's objects come one after the other.
@@ -192,17 +246,12 @@ class ObjectFiles:
 
     def _fetch(self, digest: str) -> bool:
         """Copy a blob into the cache, checked; False where it is not there."""
-        found = self._under(digest)
-        if CONFIG_NAME not in found:
-            return False
-        with self._cache.incoming() as folder:
-            with _as_os_error():
-                for name in found:
-                    self._download(f"{blob_path(digest)}/{name}", folder / name)
+        with self.original(digest) as folder:
+            if folder is None:
+                return False
             fetched = folder_digest(folder)
             if fetched != digest:
                 raise InvalidInputError(f"what {self.name} holds has the digest {fetched}")
-            self._cache.add(digest, folder)
         return True
 
     def _download(self, path: str, target: Path) -> None:
@@ -228,12 +277,12 @@ class ObjectFiles:
                         yield digest, each
 
 
-def _connect(place: Place, *, request: str, silence: str, retry_s: int) -> Any:
+def _connect(place: Place, *, request: str, silence: str, retries: int) -> Any:
     """A store whose requests end after a while in all, and after another without a word of the server."""
     client: dict[str, Any] = {"connect_timeout": silence, "read_timeout": silence, "timeout": request}
     if place.options.get("endpoint", "").startswith("http://"):
         client["allow_http"] = True
-    retry: dict[str, Any] = {"max_retries": 5, "retry_timeout": timedelta(seconds=retry_s)}
+    retry: dict[str, Any] = {"max_retries": retries, "retry_timeout": timedelta(seconds=60)}
     return from_url(place.url, client_options=client, retry_config=retry, **place.options)  # type: ignore[call-overload]
 
 
@@ -244,6 +293,8 @@ def _as_os_error() -> Iterator[None]:
         yield
     except AlreadyExistsError:
         raise
+    except (PermissionDeniedError, UnauthenticatedError) as error:
+        raise PermissionError(_first_line(error)) from error
     except BaseError as error:
         raise OSError(_first_line(error)) from error
 

@@ -33,7 +33,10 @@ class Comparison(NamedTuple):
     candidate: float | None
     current: float | None
     members: int
-    """How many members measured both, whose medians these are; 0: of whoever measured each."""
+    """How many members measured both, whose medians these are"""
+    own: bool = False
+    """Whether what the tenant itself measured of both is among these; without, and of no member: of whoever measured
+    each"""
 
     @property
     def better(self) -> bool:
@@ -51,7 +54,7 @@ def compare(candidate: Sequence[Evaluation], current: Sequence[Evaluation]) -> C
     everybody = {e.member for e in (*candidate, *current)} - {evaluations.OWNER}
     losses = [[e.loss for e in found if e.member in (both or everybody)] for found in (candidate, current)]
     medians = [statistics.median(found) if found else None for found in losses]
-    return Comparison(medians[0], medians[1], len(both))
+    return Comparison(medians[0], medians[1], len(both - {evaluations.OWNER}), evaluations.OWNER in both)
 
 
 def promote(session: Session, version: Version, alias: str, force: bool, now: float) -> Promotion:
@@ -67,7 +70,7 @@ def promote(session: Session, version: Version, alias: str, force: bool, now: fl
         current = versions.numbered(session, adapter, number)
         found = compare(evaluations.of_version(session, version), evaluations.of_version(session, current))
         if not (force or found.better or current.state == "quarantined"):
-            over = f"by {found.members} that measured both" if found.members else "by whoever measured each"
+            over = _measured_by(found)
             raise PromotionRefusedError(
                 f"the held-out loss of {version.reference} is {_loss(found.candidate)}, that of {current.reference}, "
                 f"where {alias!r} points, {_loss(found.current)} ({over}); expected a lower one: evaluate both, "
@@ -126,6 +129,12 @@ def _names(session: Session, adapter: Adapter, version: Version) -> list[str]:
     number = versions.find(session, version).number
     statement = select(AliasRow.name).where(AliasRow.adapter_id == adapter.id, AliasRow.number == number)
     return sorted(session.scalars(statement))
+
+
+def _measured_by(found: Comparison) -> str:
+    members = f"{found.members} member{'s' if found.members > 1 else ''}" if found.members else ""
+    who = " and ".join(each for each in (members, "the tenant itself" if found.own else "") if each)
+    return f"by {who} that measured both" if who else "by whoever measured each"
 
 
 def _loss(loss: float | None) -> str:

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from lorafleet.adapters import LoraAdapter, LoraPair
 from lorafleet.adapters.base_shapes import ModuleShapes, check_fits, check_module_fits
 from lorafleet.adapters.streaming import AdapterReader, Contents
-from lorafleet.errors import LorafleetError, NotFoundError, UnavailableError
+from lorafleet.errors import BackendError, BaseMismatchError, LorafleetError, NotFoundError, UnavailableError
 from lorafleet.registry import (
     aliases,
     audit,
@@ -214,7 +214,7 @@ class Registry:
         if shapes is not None:
             check_fits(weights, shapes)
         with self._storing([weights.digest]) as claim:
-            self._blobs.put(weights, alone=self._alone)
+            self._blobs.put(weights)
             contents = versions.contents(weights)
             return self._add_version(claim, target, contents, lineage, licence, card, state, by)
 
@@ -233,7 +233,8 @@ class Registry:
     ) -> Version:
         """:meth:`add_version` of a folder in PEFT format, in memory for a few modules, however large it is.
 
-        With ``base`` (name or digest) an adapter that is not there yet is made on it, together with the version.
+        With ``base`` (name or digest) an adapter that is not there yet is made on it, together with the version;
+        BaseMismatchError where it is there, on another one.
 
         What is stored are the very values that were checked, whatever becomes of the folder meanwhile. NotFoundError
         where it is no adapter, AdapterFormatError where it is damaged or not supported; and what add_version raises.
@@ -256,19 +257,24 @@ class Registry:
         with self._blobs.receive(Path(folder), headers=check_headers, check=check_module) as received:
             versions.check_effect(effects, what)
             with self._storing([received.contents.digest]) as claim:
-                self._blobs.adopt(received, alone=self._alone)
+                self._blobs.adopt(received)
                 return self._add_version(claim, target, received.contents, lineage, licence, card, state, by)
 
     def _target(self, tenant: str, adapter: str, base: str | None) -> tuple[Adapter, ModuleShapes | None]:
         """An adapter, or what it will be on this base (its id is 0), and the base's shapes where they are known."""
         with self._database.read() as session:
+            on = None if base is None else catalog.base(session, base)
             try:
                 found = catalog.adapter(session, tenant, adapter)
             except NotFoundError:
-                if base is None:
+                if on is None:
                     raise
-                on = catalog.base(session, base)
                 found = Adapter(0, catalog.tenant(session, tenant).name, adapter, on.name, on.digest, None, 0.0)
+            if on is not None and on.digest != found.base_digest:
+                raise BaseMismatchError(
+                    f"adapter {tenant}/{adapter} is for the base {found.base} ({found.base_digest}), found "
+                    f"{on.name} ({on.digest}); give the adapter another name, or that base"
+                )
             return found, catalog.shapes(session, found.base_digest)
 
     def _add_version(
@@ -314,13 +320,6 @@ class Registry:
             with suppress(LorafleetError), self._database.write() as session:
                 claims.release(session, claim)
             raise
-
-    @contextmanager
-    def _alone(self, digests: Collection[str]) -> Iterator[None]:
-        """Nobody else deletes weights of these digests inside, nor begins to store them; outside of transactions."""
-        with self._database.write() as session:
-            claims.begin_deleting(session, digests, self._clock())
-            yield
 
     def versions(self, tenant: str, adapter: str, *, after: int = 0, limit: int | None = None) -> list[Version]:
         """All of an adapter's, in any state, by number; or those above ``after``, at most ``limit``."""
@@ -759,7 +758,7 @@ class Registry:
         rounds.check_update(update)
         with self._storing([] if update.factors is None else [update.digest]) as claim:
             if update.factors is not None:
-                self._blobs.put(update.factors, alone=self._alone)
+                self._blobs.put(update.factors)
             with self._database.write() as session:
                 claims.settle(session, claim)
                 leases.check(session, round.federation_id, token)
@@ -825,7 +824,7 @@ class Registry:
         rounds.check_experts(federation, experts)
         with self._storing({expert.weights.digest for expert in experts}) as claim:
             for expert in experts:
-                self._blobs.put(expert.weights, alone=self._alone)
+                self._blobs.put(expert.weights)
             with self._database.write() as session:
                 claims.settle(session, claim)
                 leases.check(session, round.federation_id, token)
@@ -848,8 +847,9 @@ class Registry:
         With ``uncounted`` also those that were accepted in one, and did not count. The journal keeps all else, and
         ``keep`` is left as it is. Weights that a version or another update names, or somebody is storing, stay.
 
-        Weights go before the transaction ends: a crash in between leaves rows without weights, and the next call marks
-        them.
+        The journal says that they are gone before they are, and the federation's lease is not waited for meanwhile: a
+        crash in between leaves weights that nothing names. Those are deleted by a later call, of whatever federation,
+        or by :meth:`collect_garbage`.
         """
         with self._database.read() as session:
             digests = rounds.droppable(session, federation, through, uncounted, keep)
@@ -859,7 +859,9 @@ class Registry:
                 claims.begin_deleting(session, some, now)
                 leases.check(session, federation.id, token)
                 rounds.drop_factors(session, federation, through, uncounted, keep, some, now)
-                self._blobs.delete(claims.unreferenced(session, some, now))
+                marked = claims.mark(session, some, now)
+            self._delete_all(marked)
+        self._finish_deletions()
 
     def noise_seed(self, round: Round, fresh: bytes, *, token: int | None = None) -> bytes:
         """The secret seed of an open round's noise: ``fresh`` where there was none, and from then on always that one.
@@ -925,6 +927,7 @@ class Registry:
             deleted += gone
             size_bytes += sum(some[digest] for digest in gone)
         if not dry_run:
+            self._finish_deletions()
             with self._database.write() as session:
                 now = self._clock()
                 claims.forget_expired(session, now)
@@ -946,11 +949,40 @@ class Registry:
             found = claims.unreferenced(session, digests, self._clock(), without_versions=ids)
         if dry_run or not found:
             return found
+        return self._delete_all(self._mark(found))
+
+    def _mark(self, digests: Sequence[str]) -> claims.Mark:
+        """Say of those that nothing needs that they are being deleted."""
+        if not digests:
+            return claims.NO_MARK
         with self._database.write() as session:
             now = self._clock()
-            claims.begin_deleting(session, found, now)
-            gone = claims.unreferenced(session, found, now)
-            self._blobs.delete(gone)
+            claims.begin_deleting(session, digests, now)
+            return claims.mark(session, digests, now)
+
+    def _finish_deletions(self) -> None:
+        """Delete again what others began to delete, and nobody has seen the end of."""
+        with self._database.read() as session:
+            unfinished = claims.unfinished(session, self._clock())
+        self._delete_all(self._mark(unfinished))
+
+    def _delete_all(self, marked: claims.Mark) -> list[str]:
+        """Delete what is marked, outside of transactions; BackendError where some of it stays."""
+        gone: list[str] = []
+        while marked.digests:
+            done = self._blobs.delete(marked.digests)
+            with self._database.write() as session:
+                claims.unmark(session, marked, gone=done.gone, untouched=done.untouched, now=self._clock())
+            gone += done.gone
+            if done.error is None:
+                break
+            if not (done.gone and isinstance(done.error, TimeoutError) and not done.unsure):
+                raise BackendError(
+                    f"{len(gone)} weights were deleted from {self._blobs.name}, and "
+                    f"{len(done.untouched) + len(done.unsure)} could not be ({done.error}); call again"
+                ) from done.error
+            # What was begun in time is gone: the rest has its turn.
+            marked = self._mark(done.untouched)
         return gone
 
     # Evaluations

@@ -386,6 +386,20 @@ class BlobClaimRow(Base):
     expires_at: Mapped[Seconds]
 
 
+class BlobDeletionRow(Base):
+    """Weights that somebody is deleting; ``token`` is of one call, which may delete several.
+
+    A row that is there after ``until`` is of a deletion that nobody has seen the end of.
+    """
+
+    __tablename__ = "blob_deletions"
+    __table_args__ = (Index(None, "until"),)
+
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    token: Mapped[str] = mapped_column(String(32))
+    until: Mapped[Seconds]
+
+
 class EngineHoldRow(Base):
     """Weights that a running service has loaded, or is about to."""
 

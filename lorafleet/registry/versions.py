@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session, aliased
 
 from lorafleet.adapters import LoraAdapter, factor_space
 from lorafleet.adapters.factor_space import LoraPair
-from lorafleet.adapters.streaming import Contents
+from lorafleet.adapters.streaming import Contents, Shape, check_size
 from lorafleet.errors import BaseMismatchError, InvalidInputError, NotFoundError
 from lorafleet.registry import grants
 from lorafleet.registry.database import locked
@@ -40,6 +40,8 @@ def check_weights(weights: LoraAdapter, *, base_digest: str, what: str) -> None:
     of one above zero. Weights that name a base by another digest raise BaseMismatchError.
     """
     check_base(weights.base, base_digest, what)
+    for path, (a, b) in weights.modules.items():
+        check_size(path, Shape(rank=a.shape[0], d_in=a.shape[1], d_out=b.shape[0]))  # what could not be read again
     check_effect([effect(path, pair, what) for path, pair in weights.modules.items()], what)
 
 
@@ -51,7 +53,7 @@ def check_base(named: str, base_digest: str, what: str) -> None:
 
 def effect(path: str, pair: LoraPair, what: str) -> float:
     """``‖B A‖`` of one module; InvalidInputError where it is too large to be anything but damage."""
-    norm = float(factor_space.norm(LoraPair(pair.a.double(), pair.b.double())))
+    norm = float(factor_space.norm(pair))  # which makes one factor float64 at a time
     # Beyond float32's range the product that a model adds would be infinite.
     if not norm < 3.4e38:
         raise InvalidInputError(f"{what}: the update of {path} is beyond float32's range; the weights are damaged")

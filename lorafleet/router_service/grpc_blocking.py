@@ -7,10 +7,11 @@ no more is read from a caller than the method takes, and no more is made than th
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Generator, Iterator
-from concurrent.futures import CancelledError
-from contextlib import closing
-from typing import Any
+from concurrent.futures import CancelledError, Future
+from contextlib import closing, suppress
+from typing import Any, Final
 
 import grpc
 
@@ -18,6 +19,10 @@ from lorafleet.errors import UnavailableError
 from lorafleet.registry.records import Key
 from lorafleet.router_service.trail import Trail
 from lorafleet.router_service.waiting import Workers
+
+_LAST_WORDS_S: Final = 0.5
+"""For the status of a call that is ended here. It goes out after what was written before, which a caller that reads
+nothing leaves where it is until the call's deadline."""
 
 
 class Blocking:
@@ -27,7 +32,9 @@ class Blocking:
         self.key, self.trail = key, trail
         self._context, self._loop = context, asyncio.get_running_loop()
         self._given_up: asyncio.Future[None] = self._loop.create_future()
-        self._ended = False
+        self._ended = threading.Event()
+        self._step: Future[Any] | None = None
+        """What the thread waits for."""
 
     def cancel(self) -> None:
         """Ends the call, from any thread; its caller sees CANCELLED."""
@@ -49,25 +56,38 @@ class Blocking:
         working = asyncio.ensure_future(workers.run(method))
         try:
             await asyncio.wait((working, self._given_up), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                await self._context.abort(grpc.StatusCode.CANCELLED, "nothing has moved for too long")
-            return working.result()
+            if working.done():
+                return working.result()
+            self._end()  # first: the thread, and whatever the method holds, are free whether or not the caller listens
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self._context.abort(grpc.StatusCode.CANCELLED, "nothing has moved for too long")
+            raise asyncio.CancelledError
         finally:
-            self._ended = True
+            self._end()
             working.cancel()  # where it waits for a thread
+
+    def _end(self) -> None:
+        """Lets the thread go on: what it waits for is cancelled, and it takes no further step."""
+        self._ended.set()
+        if self._step is not None:
+            self._step.cancel()
 
     def _give_up(self) -> None:
         if not self._given_up.done():
             self._given_up.set_result(None)
 
     def _wait(self, step: Coroutine[Any, Any, Any]) -> Any:
-        """Its result, from the event loop. gRPC ends a step with its call."""
+        """Its result, from the event loop."""
         try:
-            if self._ended:
+            if self._ended.is_set():
                 step.close()
             else:
-                found = asyncio.run_coroutine_threadsafe(step, self._loop).result()
-                if not self._ended:
+                self._step = asyncio.run_coroutine_threadsafe(step, self._loop)
+                if self._ended.is_set():  # between the two lines: `_end` did not see this step
+                    self._step.cancel()
+                found = self._step.result()
+                if not self._ended.is_set():
                     return found
         except (grpc.aio.BaseError, CancelledError):
             pass

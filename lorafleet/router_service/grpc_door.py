@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from functools import partial
@@ -12,7 +13,7 @@ from urllib.parse import unquote
 
 import grpc
 
-from lorafleet.errors import InvalidInputError
+from lorafleet.errors import InvalidInputError, LorafleetError, OverloadedError
 from lorafleet.registry.keys import require_scope
 from lorafleet.registry.records import Key
 from lorafleet.router_service import grpc_trails, status
@@ -42,6 +43,11 @@ HEALTH_PER_ADDRESS: Final = 8
 """Checks, and watches, at the same time, so that nobody has all places."""
 _MESSAGE_S: Final = 5.0
 """For a call's message to follow its headers: until then the call has a place among those that may be there."""
+_NEXT_MESSAGE_S: Final = 30.0
+"""For each message of a stream that runs on the event loop: it holds no thread, and a place all the same."""
+MAX_RESPONSE_BYTES: Final = 16 * 2**20
+"""Of one answer. The largest is a federation's version with all that it was made of, 73 bytes for each update that was
+counted: 229,000 of them fit."""
 
 # For gRPC every call brings a stream of messages. One that brings one message is read here: gRPC would read it before
 # the handler runs, for whoever has no key, too.
@@ -50,6 +56,11 @@ _Handle = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 """What gRPC calls: its answer is None where that is a stream, which it has written then."""
 _Answer = Callable[[grpc.aio.ServicerContext, Key, Trail], Awaitable[Any]]
 """The same for a call of whoever has the key."""
+_log = logging.getLogger(__name__)
+
+
+class AnswerTooLargeError(LorafleetError):
+    """An answer that cannot be sent, now or later."""
 
 
 class CallerContext:
@@ -96,8 +107,16 @@ async def _message(context: grpc.aio.ServicerContext, read: Callable[[bytes], An
 
 
 async def _messages(context: grpc.aio.ServicerContext, read: Callable[[bytes], Any]) -> AsyncIterator[Any]:
-    """A stream's messages. How long to wait is for its method to say."""
-    while (found := await context.read()) is not grpc.aio.EOF:
+    """A stream's messages; the call is cancelled where the next one does not come in time."""
+    while True:
+        try:
+            async with asyncio.timeout(_NEXT_MESSAGE_S):
+                found = await context.read()
+        except TimeoutError:
+            words = f"the stream's next message did not come within {_NEXT_MESSAGE_S:g} s; end it, and begin another"
+            await context.abort(grpc.StatusCode.CANCELLED, words)
+        if found is grpc.aio.EOF:
+            return
         yield _parsed(read, found)
 
 
@@ -108,19 +127,36 @@ def _parsed(read: Callable[[bytes], Any], found: bytes) -> Any:
         raise InvalidInputError("the call's message cannot be read, expected the one of its method") from None
 
 
-def _answerer(handler: Any, workers: Workers) -> _Answer:
-    """A method of whatever kind, as a coroutine that reads its request and writes its answers."""
+def _sized(method: str, write: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Answers as bytes, of which gRPC would send none that is too large: it says RESOURCE_EXHAUSTED, as if it helped to
+    call again, and ends the call as it does one whose caller has gone."""
+
+    def sized(answer: Any) -> bytes:
+        found = write(answer)
+        if len(found) > MAX_RESPONSE_BYTES:
+            words = f"the answer has {len(found)} bytes, expected at most {MAX_RESPONSE_BYTES}"
+            _log.error("%s: %s", method, words)
+            raise AnswerTooLargeError(f"{words}; ask for less of it")
+        return found
+
+    return sized
+
+
+def _answerer(handler: Any, write: Callable[[Any], bytes], workers: Workers) -> _Answer:
+    """A method of whatever kind, as a coroutine that reads its request, and gives its one answer as bytes, or writes
+    its answers."""
     behavior, read = _behavior(handler), handler.request_deserializer
     if inspect.iscoroutinefunction(behavior) or inspect.isasyncgenfunction(behavior):
 
         async def on_the_loop(context: grpc.aio.ServicerContext, key: Key, trail: Trail) -> Any:
             request = _messages(context, read) if handler.request_streaming else await _message(context, read)
             answer = behavior(request, CallerContext(context, key, trail))
-            if not inspect.isasyncgen(answer):
-                return await answer
-            async for part in answer:
-                await context.write(part)
-            return None
+            if inspect.isasyncgen(answer):
+                async for part in answer:
+                    await context.write(part)
+                return None
+            found = await answer
+            return None if handler.response_streaming else write(found)
 
         return on_the_loop
 
@@ -129,7 +165,9 @@ def _answerer(handler: Any, workers: Workers) -> _Answer:
         parsed = partial(_parsed, read)
         request = call.requests(parsed) if handler.request_streaming else await _message(context, read)
         method = partial(behavior, request, call)
-        return await call.run(workers, partial(call.write, method) if handler.response_streaming else method)
+        if handler.response_streaming:
+            return await call.run(workers, partial(call.write, method))
+        return write(await call.run(workers, method))
 
     return on_a_thread
 
@@ -177,6 +215,31 @@ class Places:
             del self._taken[address]
 
 
+class Shares:
+    """For calls of tenants: each may have as many as are left for others.
+
+    One alone has half of all places, two have a third each, and whoever comes has one, however many others take.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, int] = {}
+        """Of tenants that have any."""
+
+    def take(self, tenant: str, *, free: int) -> None:
+        """Raises OverloadedError for who has as many calls as are ``free``; else :meth:`give_back` must follow."""
+        mine = self._running.get(tenant, 0)
+        if mine >= free:
+            raise OverloadedError("too many of your calls are here at once; try again when one has ended")
+        self._running[tenant] = mine + 1
+
+    def give_back(self, tenant: str) -> None:
+        left = self._running[tenant] - 1
+        if left:
+            self._running[tenant] = left
+        else:
+            del self._running[tenant]
+
+
 def _host(peer: str) -> str:
     """The address in gRPC's name of a peer."""
     return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
@@ -194,7 +257,9 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
 
     Health needs no key, and may never end. So it has ``max_health_calls`` places, those that watch it have
     ``max_watches`` others, and each address has a few of them: what one stranger asks takes little away from others.
-    ``max_calls`` of all kinds may be there at a time; one more is refused before anything of it is looked at.
+    ``max_calls`` of all kinds may be there at a time; one more is refused before anything of it is looked at. Of what
+    they leave each tenant has a share (:class:`Shares`): else one that begins many calls and goes on with none of them
+    would keep everybody out.
     """
 
     def __init__(
@@ -215,6 +280,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
         self._checks = Places(max_health_calls, most_each=HEALTH_PER_ADDRESS)
         self._watches = Places(max_watches, most_each=HEALTH_PER_ADDRESS)
         self._most, self._running = max_calls, 0
+        self._shares = Shares()
         self._services: list[grpc.GenericRpcHandler] = []
         self._opened: dict[str, Any] = {}
         """Handlers of methods that there are: made once, asked for by every call."""
@@ -241,11 +307,15 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
         if handler is None:  # which a caller without a key does not learn either
             handle = self._for_callers(grpc_trails.OTHER, None, _unknown)
             return grpc.stream_stream_rpc_method_handler(self._bounded(handle))
+        serialize = handler.response_serializer
         if method.rpartition("/")[0] == OPEN:
             handle = _for_all(self._watches if handler.response_streaming else self._checks, handler)
         else:
-            handle = self._for_callers(method, scope_of(method), _answerer(handler, self._workers))
-        return _KINDS[handler.response_streaming](self._bounded(handle), None, handler.response_serializer)
+            serialize = _sized(method, serialize)
+            handle = self._for_callers(method, scope_of(method), _answerer(handler, serialize, self._workers))
+            if not handler.response_streaming:
+                serialize = None  # done before the end of its call, so that an error of it is one of the method
+        return _KINDS[handler.response_streaming](self._bounded(handle), None, serialize)
 
     def _bounded(self, handle: _Handle) -> _Handle:
         # gRPC has a bound, too (maximum_concurrent_rpcs). It decides before it waits for a call: the first one that
@@ -258,7 +328,8 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
                     await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Concurrent RPC limit exceeded")
                 return await handle(requests, context)
             except grpc.aio.InternalError:
-                # What was written to a caller that has just gone. Nobody is there to be told, and gRPC would log it.
+                # What was written to a caller that has just gone: what is too large was refused before. Nobody is there
+                # to be told, and gRPC would log it.
                 raise asyncio.CancelledError from None
             finally:
                 self._running -= 1
@@ -275,7 +346,12 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
                 if needed is not None:
                     require_scope(key, needed)
                 self._check_deadline(context.time_remaining())
-                found = await answer(context, key, trail)
+                tenant = key.tenant
+                self._shares.take(tenant, free=self._most - self._running + 1)  # this one is among those that run
+                try:
+                    found = await answer(context, key, trail)
+                finally:
+                    self._shares.give_back(tenant)
                 answered = True
                 return found
             except Exception as error:

@@ -16,7 +16,7 @@ from lorafleet.router_service.adapters.service import AdapterService
 from lorafleet.router_service.answering import Answering
 from lorafleet.router_service.authentication import Authenticator
 from lorafleet.router_service.event_loop import EventLoop
-from lorafleet.router_service.grpc_door import Door
+from lorafleet.router_service.grpc_door import MAX_RESPONSE_BYTES, Door
 from lorafleet.router_service.grpc_health import Health
 from lorafleet.router_service.service import RouterService
 from lorafleet.router_service.tls import Tls
@@ -27,7 +27,6 @@ SERVICE_NAME: Final[str] = router_pb2.DESCRIPTOR.services_by_name["RouterService
 ADAPTER_SERVICE_NAME: Final[str] = adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name
 MAX_REQUEST_BYTES: Final = 2**20
 """Far more than a prompt that fits any context; gRPC counts it after decompression. Uploads come in smaller pieces."""
-MAX_RESPONSE_BYTES: Final = 4 * 2**20
 _SPARE_THREADS: Final = 8
 _LOOKUPS: Final = 8
 """Threads that look keys up: a database that does not answer stops logins, not what runs."""
@@ -106,7 +105,13 @@ class GrpcServer:
             self._health.set(service, answer.SERVING if serving else answer.NOT_SERVING)
 
     def stop(self) -> None:
-        """Cuts off what still runs; the second time nothing happens."""
+        """Cuts off what still runs; the second time nothing happens.
+
+        Waits for what has a thread: reads and writes of the database and the disk, of which none takes long, but for a
+        FinishUpload that makes a version, which reads and writes all of its weights. The registry and the folder of
+        uploads are closed next, under it otherwise. Whoever cannot wait kills the process, which such an upload
+        survives: finished again, it is one version.
+        """
         loop, self._loop = self._loop, None
         if loop is not None:
             loop.run(self._end())

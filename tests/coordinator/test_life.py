@@ -266,4 +266,4 @@ def test_a_commit_stands_where_old_updates_cannot_be_deleted(
 
     monkeypatch.setattr(BlobStore, "delete", fail)
     standing = here.run()
-    assert standing.committed == 3 and "updates of rounds up to 2 are kept for now: a disk" in caplog.text
+    assert standing.committed == 3 and "updates of rounds up to 2 are deleted later: a disk" in caplog.text

@@ -116,7 +116,11 @@ def test_waiting_for_an_adapter_saves_nothing_up() -> None:
 
 
 def heavy(
-    counts: dict[str, int], *, weights: dict[str, float] | None = None, served: dict[str, int] | None = None
+    counts: dict[str, int],
+    *,
+    weights: dict[str, float] | None = None,
+    served: dict[str, int] | None = None,
+    flood: int = 1000,
 ) -> set[str]:
     """Among tenants with so many requests each; served as much as that would take, where nothing else is said."""
     queue = FairQueue(window=1e9)
@@ -124,7 +128,7 @@ def heavy(
         for _ in range(count):
             queue.add(request(tenant, weight=(weights or {}).get(tenant, 1.0)))
         queue.charge(tenant, (served or counts)[tenant])
-    return queue.heavy(1e9)
+    return queue.heavy(1e9, flood=flood)
 
 
 def test_heavy_are_those_with_far_more_requests_for_their_weight_than_the_others() -> None:
@@ -152,6 +156,12 @@ def test_who_was_not_served_more_than_the_others_is_not_heavy_however_much_it_wa
     assert heavy({"a": 190, "b": 3}, served={"a": 599, "b": 100}, weights={"a": 4.0}) == set()
 
 
+def test_who_wants_every_place_is_heavy_before_it_was_served_anything() -> None:
+    assert heavy({"a": 64, "b": 3}, served={"a": 0, "b": 100}, flood=64) == {"a"}
+    assert heavy({"a": 63, "b": 3}, served={"a": 0, "b": 100}, flood=64) == set()
+    assert heavy({"a": 90, "b": 80}, served={"a": 0, "b": 100}, flood=64) == set()
+
+
 def test_what_was_served_is_forgotten_with_what_others_are_served_but_not_by_leaving() -> None:
     queue = FairQueue(window=1000)
     serve(queue, "a", 100)
@@ -171,8 +181,8 @@ def test_a_tenant_with_few_requests_that_had_far_more_is_no_lighter_until_the_ot
     for _ in range(5):
         queue.charge("flood", 100)
     assert queue.lately("flood") > 10 * queue.lately("few")
-    assert queue.heavy(499.0) == set()
-    assert queue.heavy(500.0) == {"flood"}
+    assert queue.heavy(499.0, flood=1000) == set()
+    assert queue.heavy(500.0, flood=1000) == {"flood"}
 
 
 def test_a_request_that_is_put_back_goes_before_its_tenants_others() -> None:

@@ -184,7 +184,6 @@ def test_a_tenant_that_floods_goes_on_beside_as_many_others_as_fill_a_step(quiet
         assert len(runs) <= 8
         idle = 0 if tenants_of(runs)["flood"] else idle + 1
         assert idle <= 1
-    assert machine.served["flood"] >= 0.9 * min(machine.served[f"quiet {number}"] for number in range(quiet))
 
 
 def alike(tenants: int, machine: Machine, rng: random.Random) -> None:
@@ -205,14 +204,30 @@ def tokens_per_second(tenants: int, outstanding: int, step_time: StepTime) -> fl
     return machine.served.total() / (machine.now - began)
 
 
+# Of two tenants with 180 requests one may come to have nearly all, and is then what a flood is.
 @pytest.mark.parametrize("step_time", [steep, flat])
-@pytest.mark.parametrize("tenants", [2, 20])
-@pytest.mark.parametrize("outstanding", [64, 180])
+@pytest.mark.parametrize(("tenants", "outstanding"), [(2, 64), (20, 64), (20, 180)])
 def test_tenants_that_ask_for_the_same_get_as_much_together_as_one_would(
     tenants: int, outstanding: int, step_time: StepTime
 ) -> None:
     found = tokens_per_second(tenants, outstanding, step_time)
     assert found >= 0.95 * tokens_per_second(1, outstanding, step_time)
+
+
+def test_a_flood_is_held_back_from_its_first_step_on_though_it_was_served_nothing_before() -> None:
+    machine = Machine(max_sequences=8, step_time=steep)
+    for turn in range(200):
+        if turn % 40 == 0:
+            for _ in range(turn // 40 + 1):  # steps of several sizes, to learn from
+                machine.add("quiet", prompt=4, new=40)
+        machine.step()
+    machine.add("quiet", prompt=4, new=60)
+    machine.step()
+    for _ in range(40):
+        machine.add("flood", prompt=4, new=40)
+    for _ in range(30):
+        found = tenants_of(machine.step())
+        assert found["quiet"] == 1 and 1 <= found["flood"] <= 4
 
 
 def test_what_waits_goes_down_again_at_four_fifths_of_the_capacity() -> None:

@@ -6,17 +6,19 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 import pytest
 import torch
 
 from lorafleet.adapters import LoraAdapter, LoraPair
+from lorafleet.errors import UnavailableError
 from lorafleet.registry import Registry, schema
 
 # Hundreds of durable writes take minutes on a slow disk and tell nothing more than on a file system in memory.
@@ -25,6 +27,7 @@ FOLDER = _IN_MEMORY if _IN_MEMORY.is_dir() and shutil.disk_usage(_IN_MEMORY).fre
 
 BASE_DIGEST = "sha256:" + "ba5e" * 16
 OTHER_BASE_DIGEST = "sha256:" + "07e7" * 16
+T = TypeVar("T")
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 
 
@@ -36,6 +39,17 @@ def make_adapter(seed: int, *, rank: int = 3, base: str = "") -> LoraAdapter:
         for path in MODULES
     }
     return LoraAdapter(pairs, base)
+
+
+def again(call: Callable[[], T], *, for_s: float = 30.0) -> T:
+    """What a call gives once nobody is deleting its weights any more."""
+    until = time.monotonic() + for_s
+    while True:
+        try:
+            return call()
+        except UnavailableError as error:
+            if "being deleted" not in str(error) or time.monotonic() > until:
+                raise
 
 
 class Clock:

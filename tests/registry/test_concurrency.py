@@ -6,9 +6,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ import pytest
 
 from lorafleet.errors import AlreadyExistsError, LorafleetError, RejectedUpdateError, UnavailableError
 from lorafleet.registry import NewExpert, Registry, UpdateRecord, Version, claims, schema
+from lorafleet.registry.local_files import LocalFiles
 from tests.registry.conftest import Clock, PostgresServer, make_adapter
 
 THREADS = 20
@@ -121,28 +121,33 @@ def test_no_update_enters_a_round_after_its_commit_read_the_journal(registry: Re
 
 
 @pytest.mark.parametrize("imported", [False, True])
-def test_a_repair_leaves_what_another_one_stored_since_the_damage_was_found(
+def test_a_repair_does_no_harm_to_what_another_one_stored_and_named_since_the_damage_was_found(
     registry: Registry, second: Registry, folder: Path, monkeypatch: pytest.MonkeyPatch, imported: bool
 ) -> None:
     registry.create_adapter("acme", "sql", base="tiny")
-    weights, alone = make_adapter(0), Registry._alone
+    weights, mend, replace = make_adapter(0), LocalFiles.mend, Path.replace
     place = registry.path(registry.add_version("acme", "sql", weights))
     weights.save(folder / "given")
     os.truncate(place / "adapter_model.safetensors", 100)
-    repaired: list[os.stat_result] = []
+    seen: list[str] = []
 
-    def late(store: Registry, digests: Collection[str]) -> AbstractContextManager[None]:
+    def step(source: Path, target: Path) -> Path:
+        done = replace(source, target)
+        seen.append(second.load(second.version("acme", "sql", 2)).digest)
+        return done
+
+    def late(files: LocalFiles, digest: str, folder: Path) -> None:
         monkeypatch.undo()
         second.add_version("acme", "sql", weights)
-        repaired.append(place.stat())
-        return alone(store, digests)
+        monkeypatch.setattr(Path, "replace", step)
+        mend(files, digest, folder)
 
-    monkeypatch.setattr(Registry, "_alone", late)
+    monkeypatch.setattr(LocalFiles, "mend", late)
     if imported:
         registry.import_version("acme", "sql", folder / "given")
     else:
         registry.add_version("acme", "sql", weights)
-    assert repaired and os.path.samestat(place.stat(), repaired[0])
+    assert seen == [weights.digest] * 2  # at every step
     assert all(registry.load(version).digest == weights.digest for version in second.versions("acme", "sql"))
 
 

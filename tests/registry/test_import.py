@@ -449,3 +449,42 @@ def test_a_full_disk_leaves_nothing_half_visible_and_all_works_when_there_is_roo
             assert list((folder / "blobs" / "incoming").iterdir()) == []
         resize(2**20)
         assert registry.load(registry.import_version("acme", "sql", given)).digest == large.digest
+
+
+# A base that is named for an adapter that is there
+
+
+def test_a_base_that_is_not_the_adapters_is_refused_and_no_version_is_made(registry: Registry, given: Path) -> None:
+    make_adapter(0).save(given)
+    registry.import_version("acme", "sql", given, base="tiny")
+    expected = f"acme/sql is for the base tiny .{BASE_DIGEST}., found other .{OTHER_BASE_DIGEST}.; give the adapter an"
+    for base in ("other", OTHER_BASE_DIGEST):
+        with pytest.raises(BaseMismatchError, match=expected):
+            registry.import_version("acme", "sql", given, base=base)
+    with pytest.raises(NotFoundError):
+        registry.import_version("acme", "sql", given, base="unknown")
+    assert len(registry.versions("acme", "sql")) == 1
+    for right in ("tiny", BASE_DIGEST, None):
+        registry.import_version("acme", "sql", given, base=right)
+    assert len(registry.versions("acme", "sql")) == 4
+
+
+def test_weights_that_could_not_be_read_again_are_not_stored(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.create_adapter("acme", "sql", base="tiny")
+    monkeypatch.setattr("lorafleet.adapters.streaming.LARGEST_MODULE", 8)
+    with pytest.raises(InvalidInputError, match="expected at most 8; compress"):
+        registry.add_version("acme", "sql", make_adapter(0))
+    assert registry.versions("acme", "sql") == []
+
+
+def test_a_module_of_another_size_than_any_is_refused_before_its_values_are_read(
+    registry: Registry, given: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.create_adapter("acme", "sql", base="tiny")
+    make_adapter(0).save(given)
+    monkeypatch.setattr("lorafleet.adapters.streaming.LARGEST_MODULE", 8)
+    monkeypatch.setattr("lorafleet.adapters.streaming.read_tensor", None)
+    with pytest.raises(AdapterFormatError, match="expected at most 8; compress"):
+        registry.import_version("acme", "sql", given)

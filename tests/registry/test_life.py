@@ -20,7 +20,8 @@ from lorafleet.errors import (
 from lorafleet.registry import Federation, NewExpert, Registry, UpdateKey, UpdateRecord, claims
 from lorafleet.registry.blobs import BlobStore
 from lorafleet.registry.database import Database, make_engine, parse_url
-from tests.registry.conftest import Clock, make_adapter
+from lorafleet.registry.files import Deletion
+from tests.registry.conftest import Clock, again, make_adapter
 
 KEY = "ecdsa-sha2-nistp384 AAAA"
 
@@ -358,7 +359,7 @@ def test_weights_that_come_again_while_they_are_deleted_are_there(registry: Regi
     def add() -> None:
         try:
             for _ in range(20):
-                registry.load(registry.add_version("acme", "mine", make_adapter(1)))
+                registry.load(again(lambda: registry.add_version("acme", "mine", make_adapter(1))))
         except BaseException as error:
             failed.append(error)
 
@@ -371,22 +372,54 @@ def test_weights_that_come_again_while_they_are_deleted_are_there(registry: Regi
     assert all(registry.load(version).digest == make_adapter(1).digest for version in registry.versions("acme", "mine"))
 
 
-def test_a_crash_between_weights_and_journal_is_made_good_by_the_next_call(
-    registry: Registry, three_rounds: Federation, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("after", [False, True])
+def test_a_crash_between_journal_and_weights_is_made_good_by_a_later_call(
+    registry: Registry, three_rounds: Federation, clock: Clock, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
     delete = BlobStore.delete
 
-    def crash(self: BlobStore, digests: Sequence[str]) -> None:
-        delete(self, digests)
+    def crash(self: BlobStore, digests: Sequence[str]) -> Deletion:
+        if after:
+            delete(self, digests)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(BlobStore, "delete", crash)
         with pytest.raises(KeyboardInterrupt):
             registry.drop_factors(three_rounds, through=1)
-    assert {update.dropped_at for update in registry.journal(three_rounds)} == {None}
-    registry.drop_factors(three_rounds, through=1)
     assert dropped(registry, three_rounds) == {("a", 1), ("b", 1)}
+    gone = {make_adapter(seed).digest for seed in (1, 2)}
+
+    def left() -> set[str]:
+        return gone & {blob.digest for blob in registry._blobs.stored()}
+
+    registry.drop_factors(three_rounds, through=1)
+    assert left() == (set() if after else gone)  # what was under way may be still
+    clock.now += claims.UNSURE_S
+    registry.drop_factors(three_rounds, through=1)
+    assert left() == set()
+    registry.create_adapter("acme", "mine", base="tiny")
+    assert registry.add_version("acme", "mine", make_adapter(1)).number == 1
+
+
+def test_nobody_waits_for_a_federation_whose_factors_are_deleted(
+    registry: Registry, three_rounds: Federation, url: str, folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = registry.take_lease(three_rounds, "mine", for_s=5.0)
+    delete, renewed = BlobStore.delete, []
+
+    def slowly(self: BlobStore, digests: Sequence[str]) -> Deletion:
+        clock.now += 3.0
+        renewed.append(other.take_lease(three_rounds, "mine", for_s=5.0).expires_at)
+        other.open_round(three_rounds, 4, token=mine.token)
+        return delete(self, digests)
+
+    monkeypatch.setattr(claims, "AT_ONCE", 2)
+    monkeypatch.setattr(BlobStore, "delete", slowly)
+    with Registry.open(url, folder / "blobs", clock=clock) as other:  # its own connections
+        registry.drop_factors(three_rounds, through=3, token=mine.token)
+    assert renewed == [1008.0, 1011.0, 1014.0]
+    assert len(dropped(registry, three_rounds)) == 6
 
 
 def test_who_lost_the_lease_deletes_nothing(registry: Registry, three_rounds: Federation, clock: Clock) -> None:

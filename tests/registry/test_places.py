@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from obstore.exceptions import GenericError, PermissionDeniedError
 
 from lorafleet.adapters import LoraAdapter
 from lorafleet.errors import BackendError, InvalidInputError, NotFoundError
@@ -78,14 +83,15 @@ def test_what_is_not_there_says_so(place: str | Path) -> None:
     with pytest.raises(InvalidInputError, match="digest"):
         blobs.read("sha256:../../etc")
     assert list(blobs.stored()) == []
-    blobs.delete([make_adapter(0).digest])
+    assert blobs.delete([make_adapter(0).digest]) == ([make_adapter(0).digest], [], [], None)
 
 
 def test_deleted_weights_are_gone_for_all_and_can_be_stored_again(place: str | Path) -> None:
     blobs, adapters = BlobStore(place), [make_adapter(seed) for seed in range(3)]
     for adapter in adapters:
         blobs.put(adapter)
-    blobs.delete([adapter.digest for adapter in adapters[:2]])
+    gone = [adapter.digest for adapter in adapters[:2]]
+    assert blobs.delete(gone) == (gone, [], [], None)
     assert [blob.digest for blob in blobs.stored()] == [adapters[2].digest]
     with pytest.raises(BackendError, match="missing"):
         blobs.read(adapters[0].digest)
@@ -96,8 +102,8 @@ def test_a_deletion_that_takes_too_long_begins_nothing_more(place: str | Path, m
     blobs = BlobStore(place)
     digest = blobs.put(make_adapter(0))
     monkeypatch.setattr("lorafleet.registry.blobs.DELETING_S", -1.0)
-    with pytest.raises(BackendError, match="too long"):
-        blobs.delete([digest])
+    done = blobs.delete([digest])
+    assert (done.gone, done.untouched, done.unsure) == ([], [digest], []) and isinstance(done.error, TimeoutError)
     assert blobs.read(digest).digest == digest
 
 
@@ -214,8 +220,68 @@ def test_a_copy_that_was_damaged_is_fetched_again_and_a_damaged_object_is_not_ta
     assert BlobStore(bucket("a third")).read(adapter.digest).digest == adapter.digest
 
 
+def sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in folder.iterdir()}
+
+
+def _lose(weights: Path) -> None:
+    weights.unlink()
+
+
+def _cut(weights: Path) -> None:
+    os.truncate(weights, 100)
+
+
+def _change(weights: Path) -> None:
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+
+
+def _add_gates(weights: Path) -> None:
+    (weights.parent / "gates.safetensors").write_bytes(weights.read_bytes())
+
+
 @IN_S3
-def test_a_damaged_copy_that_somebody_reads_is_no_reason_to_delete_the_objects_either(
+@pytest.mark.parametrize("damage", [_lose, _cut, _change, _add_gates])
+@pytest.mark.parametrize("adopted", [False, True])
+def test_damage_in_the_bucket_is_mended_also_from_where_there_is_a_sound_copy(
+    s3_server: S3Server, bucket: Callable[..., str], folder: Path, damage: Callable[[Path], None], adopted: bool
+) -> None:
+    blobs, adapter = BlobStore(bucket()), make_adapter(0)
+    digest = blobs.put(adapter)
+    before = s3_server.objects(folder.name)
+    [there] = (s3_server.folder / s3.BUCKET / folder.name).rglob(WEIGHTS)
+    damage(there)
+    files: Any = blobs._files
+    until = time.monotonic() + 30
+    # The server looks at its folder every few milliseconds.
+    while {name: of["size"] for name, of in files._under(digest).items()} != sizes(there.parent):
+        assert time.monotonic() < until
+    assert blobs.read(digest).digest == digest  # of the copy
+    adapter.save(folder / "given")
+    if adopted:
+        with blobs.receive(folder / "given", headers=lambda reader: None, check=lambda path, pair: None) as received:
+            blobs.adopt(received)
+    else:
+        blobs.put(adapter)
+    assert BlobStore(bucket("another")).read(digest).digest == blobs.read(digest).digest == digest
+    assert s3_server.objects(folder.name) == before
+
+
+@IN_S3
+def test_damage_is_written_over_and_nothing_is_deleted_for_it(
+    s3_server: S3Server, bucket: Callable[..., str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs, adapter = BlobStore(bucket()), make_adapter(0)
+    blobs.put(adapter)
+    [there] = (s3_server.folder / s3.BUCKET / folder.name).rglob(WEIGHTS)
+    _change(there)
+    monkeypatch.setattr(object_files.obstore, "delete", None)
+    blobs.put(adapter)
+    assert BlobStore(bucket("another")).read(adapter.digest).digest == adapter.digest
+
+
+@IN_S3
+def test_a_damaged_copy_that_somebody_reads_is_no_reason_to_store_the_objects_again(
     bucket: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blobs, adapter = BlobStore(bucket()), make_adapter(0)
@@ -223,9 +289,10 @@ def test_a_damaged_copy_that_somebody_reads_is_no_reason_to_delete_the_objects_e
     os.truncate(blobs.path(digest) / WEIGHTS, 100)
     with monkeypatch.context() as patch, blobs._files.held(digest):
         patch.setattr(object_files.obstore, "delete", None)
+        patch.setattr(object_files.obstore, "put", None)
+        assert blobs.put(adapter) == digest
         with pytest.raises(BackendError, match="somebody reads it"):
-            blobs.put(adapter)
-    assert blobs.put(adapter) == digest
+            blobs.read(digest)
     assert blobs.read(digest).digest == digest
 
 
@@ -286,6 +353,96 @@ def test_a_cache_that_is_open_to_others_is_refused(folder: Path) -> None:
         BlobCache(folder / "cache", 1)
 
 
+def test_a_folder_that_others_may_write_to_is_not_swept(folder: Path) -> None:
+    kept = folder / "cache" / "incoming" / "somebody's"
+    kept.mkdir(parents=True, mode=0o700)
+    (folder / "cache").chmod(0o777)
+    (folder / "link").symlink_to(folder / "cache")
+    for cache, words in ((folder / "cache", "mode 777"), (folder / "link", "symbolic link")):
+        with pytest.raises(BackendError, match=words):
+            BlobCache(cache, 1)
+    (folder / "cache").chmod(0o700)
+    with pytest.raises(BackendError, match="symbolic link"):
+        BlobCache(folder / "link", 1)
+    (folder / "file").touch()
+    with pytest.raises(BackendError, match="cannot be used"):
+        BlobCache(folder / "file", 1)
+    assert kept.is_dir()
+
+
+@pytest.mark.parametrize("make", [lambda cache: BlobCache(cache, 1), BlobStore], ids=["cache", "blobs"])
+def test_what_a_link_in_the_place_of_incoming_leads_to_is_not_swept(
+    folder: Path, make: Callable[[Path], object]
+) -> None:
+    (folder / "theirs" / "work").mkdir(parents=True)
+    (folder / "theirs" / "file").write_text("dear")
+    (folder / "made").mkdir(mode=0o700)
+    (folder / "made" / "incoming").symlink_to(folder / "theirs")
+    make(folder / "made")
+    assert sorted(path.name for path in (folder / "theirs").iterdir()) == ["file", "work"]
+
+
+@pytest.fixture
+def one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> BlobStore:
+    """Where a request deletes one object; nothing is sent."""
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    return BlobStore(f"az://container/prefix?cache={folder / 'cache'}")
+
+
+def test_where_a_request_deletes_one_object_several_are_sent_at_a_time(
+    one_by_one: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = [make_adapter(seed, rank=1).digest for seed in range(2 * object_files.DELETED_AT_ONCE)]
+    together, sent = threading.Barrier(object_files.DELETED_AT_ONCE, timeout=30), list[str]()
+
+    def delete(_store: object, paths: Sequence[str]) -> None:
+        together.wait()
+        sent.extend(paths)
+        if len(sent) % 2:
+            raise FileNotFoundError  # as these stores do
+
+    monkeypatch.setattr(object_files.obstore, "delete", delete)
+    assert one_by_one.delete(digests) == (digests, [], [], None)
+    assert len(sent) == len(set(sent)) == 3 * len(digests)
+
+
+def test_a_request_without_an_answer_leaves_its_weights_in_doubt_and_no_others(
+    one_by_one: BlobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, silent, refused = (make_adapter(seed).digest for seed in range(3))
+
+    def delete(_store: object, paths: Sequence[str]) -> None:
+        for digest, error in ((silent, GenericError("timed out")), (refused, PermissionDeniedError("403"))):
+            if digest.removeprefix("sha256:") in paths[0] and paths[0].endswith(WEIGHTS):
+                raise error
+
+    monkeypatch.setattr(object_files.obstore, "delete", delete)
+    done = one_by_one.delete([clean, silent, refused])
+    assert done[:3] == ([clean], [refused], [silent]) and "timed out" in str(done.error)
+
+
+def test_a_deletion_is_one_request(folder: Path) -> None:
+    requests: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with suppress(OSError):
+                while True:
+                    caller, _ = server.accept()
+                    with caller:
+                        requests.append(caller.recv(65536))
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        asked = f"endpoint=http://127.0.0.1:{server.getsockname()[1]}&region=us-east-1&cache={folder / 'cache'}"
+        digest = make_adapter(0).digest
+        done = BlobStore(f"s3://bucket/prefix?{asked}").delete([digest])
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(timeout=30)
+    assert (done.gone, done.untouched, done.unsure) == ([], [], [digest])
+    assert len(requests) == 1 and requests[0].startswith(b"POST")
+
+
 @IN_S3
 def test_wrong_keys_and_a_server_that_is_not_there_are_errors_of_ours(
     bucket: Callable[..., str], monkeypatch: pytest.MonkeyPatch
@@ -296,13 +453,13 @@ def test_wrong_keys_and_a_server_that_is_not_there_are_errors_of_ours(
     for call in (
         lambda: refused.read(make_adapter(0).digest),
         lambda: refused.put(make_adapter(0)),
-        lambda: refused.delete([make_adapter(0).digest]),
         lambda: list(refused.stored()),
         lambda: pepper.read_or_make(refused),
     ):
         with pytest.raises(BackendError, match="403") as raised:
             call()
         assert s3.SECRET_KEY not in str(raised.value)
+    assert "403" in str(refused.delete([make_adapter(0).digest]).error)
 
 
 @pytest.mark.parametrize(

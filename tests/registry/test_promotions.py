@@ -44,13 +44,13 @@ def champion(registry: Registry) -> int:
 def test_versions_are_compared_over_the_members_that_measured_both() -> None:
     # Over all, the candidate would look better: the member with the easiest texts measured it alone.
     found = compare(measured(a=2.0, b=3.0, c=4.0, easy=0.1, other=0.1), measured(a=1.9, b=2.9, c=9.0, hard=50.0))
-    assert found == (3.0, 2.9, 3) and not found.better
+    assert found == (3.0, 2.9, 3, False) and not found.better
     assert compare(measured(a=1.0), measured(a=1.1)).better
     assert not compare(measured(a=1.0), measured(a=1.0)).better
 
 
 def test_without_common_members_everybody_counts_and_without_a_measurement_nothing_is_better() -> None:
-    assert compare(measured(a=1.0, b=2.0, c=9.0), measured(d=3.0, e=5.0)) == (2.0, 4.0, 0)
+    assert compare(measured(a=1.0, b=2.0, c=9.0), measured(d=3.0, e=5.0)) == (2.0, 4.0, 0, False)
     assert compare(measured(a=1.0), measured(d=3.0)).better
     for pair in ((measured(a=1.0), []), ([], measured(a=1.0)), ([], [])):
         assert not compare(*pair).better
@@ -58,10 +58,10 @@ def test_without_common_members_everybody_counts_and_without_a_measurement_nothi
 
 def test_what_the_tenant_measured_is_compared_with_its_own_measurement_alone() -> None:
     own = [Evaluation(OWNER, 1.0, 100, 0.0)]
-    assert compare(own, [Evaluation(OWNER, 1.5, 100, 0.0)]) == (1.0, 1.5, 1)
-    assert compare(own, measured(a=1.5)) == (None, 1.5, 0)
-    assert compare([*own, *measured(a=2.0)], measured(a=1.5)) == (2.0, 1.5, 1)
-    assert compare([*own, *measured(a=1.0)], measured(b=1.5)) == (1.0, 1.5, 0)
+    assert compare(own, [Evaluation(OWNER, 1.5, 100, 0.0)]) == (1.0, 1.5, 0, True)
+    assert compare(own, measured(a=1.5)) == (None, 1.5, 0, False)
+    assert compare([*own, *measured(a=2.0)], measured(a=1.5)) == (2.0, 1.5, 1, False)
+    assert compare([*own, *measured(a=1.0)], measured(b=1.5)) == (1.0, 1.5, 0, False)
 
 
 def test_one_member_does_not_decide_alone() -> None:
@@ -121,12 +121,26 @@ def test_a_worse_or_unmeasured_version_is_refused_with_both_losses(registry: Reg
     with pytest.raises(PromotionRefusedError, match=r"acme/sql:2 is not measured, .*acme/sql:1.*2\.0000"):
         registry.promote(versions[1])
     evaluate(registry, versions[1], a=2.25)
-    with pytest.raises(PromotionRefusedError, match=r"acme/sql:2 is 2\.2500, .* 2\.0000 \(by 1 that") as caught:
+    with pytest.raises(
+        PromotionRefusedError, match=r"acme/sql:2 is 2\.2500, .* 2\.0000 \(by 1 member that measured both"
+    ) as caught:
         registry.promote(versions[1])
     assert grpc_status(caught.value) == "FAILED_PRECONDITION"
     assert champion(registry) == 1 and registry.revision() == before
     assert registry.promote(versions[1], force=True).loss == 2.25
     assert champion(registry) == 2
+
+
+def test_a_refusal_says_who_measured_and_counts_members_alone(registry: Registry, versions: list[Version]) -> None:
+    for version, loss in zip(versions, (2.0, 2.5, 3.0), strict=False):
+        registry.evaluate(version, loss=loss, tokens=100)
+    with pytest.raises(PromotionRefusedError, match=r"\(by the tenant itself that measured both\)"):
+        registry.promote(versions[1])
+    for version in versions[:2]:
+        evaluate(registry, version, a=2.0, b=2.0)
+    with pytest.raises(PromotionRefusedError, match=r"\(by 2 members and the tenant itself that measured both\)"):
+        registry.promote(versions[1])
+    assert registry.promote(versions[1], force=True).members == 2
 
 
 def test_a_new_alias_and_one_of_a_quarantined_version_need_no_comparison(

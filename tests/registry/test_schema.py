@@ -76,7 +76,7 @@ def test_check_names_what_differs(url: str) -> None:
     schema.upgrade(url)
     execute(url, "ALTER TABLE tenants ADD COLUMN extra INTEGER", "UPDATE alembic_version SET version_num = '0000'")
     revision, tables = schema.check(url)
-    assert "found 0000, expected 0007" in revision
+    assert "found 0000, expected 0008" in revision
     assert "extra" in tables
 
 
@@ -200,11 +200,13 @@ HISTORY: list[tuple[str, dict[str, Any]]] = [
     *(
         ("versions", {"id": 100 + number, "tenant_id": 101, "adapter_id": 101, "number": number,
                       "digest": "sha256:" + str(number) * 64, "rank": 2, "parameters": 10, "state": state,
-                      "licence": "", "lineage": None, "round_id": None, "created_at": 2})
+                      "licence": "", "lineage": None, "round_id": None, "created_at": 2, "state_at": 2,
+                      "purged_at": None})
         for number, state in enumerate(("staged", "staged", "staged", "retired"), start=1)
     ),
     ("versions", {"id": 109, "tenant_id": 101, "adapter_id": 102, "number": 1, "digest": "sha256:" + "9" * 64,
                   "rank": 2, "parameters": 10, "state": "evaluated", "licence": "MIT", "round_id": 101, "created_at": 3,
+                  "state_at": 3, "purged_at": None,
                   "lineage": '{"federation": "f", "round": 1, "rule": "exact", "parents": []}'}),
     ("aliases", {"adapter_id": 101, "name": "champion", "tenant_id": 101, "number": 2, "moved_at": 3}),
     ("aliases", {"adapter_id": 102, "name": "champion", "tenant_id": 101, "number": 1, "moved_at": 3}),
@@ -226,6 +228,10 @@ HISTORY: list[tuple[str, dict[str, Any]]] = [
     ("usage_blocks", {"id": 101, "tenant_id": 101, "requests": 1, "tokens": 2, "windows": "{}", "taken_at": 1}),
     ("audit", {"id": 101, "tenant_id": 101, "at": 3, "by": "ada", "action": "version.add", "subject": "acme/sql:1",
                "details": "{}"}),
+    # Of revision 7.
+    ("base_shapes", {"digest": "sha256:" + "b" * 64, "shapes": '{"m": [2, 3]}'}),
+    ("blob_claims", {"token": "t", "digest": "sha256:" + "1" * 64, "expires_at": 4}),
+    ("engine_holds", {"service": "s", "digest": "sha256:" + "4" * 64, "expires_at": 4}),
 ]  # fmt: skip
 
 
@@ -251,7 +257,7 @@ def rows(url: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005", "0006"])
+@pytest.mark.parametrize("revision", ["0001", "0002", "0003", "0004", "0005", "0006", "0007"])
 def test_every_past_revision_is_upgraded_with_what_is_in_it(url: str, folder: Path, revision: str) -> None:
     with schema._exclusive(parse_url(url)) as connection:
         command.upgrade(schema.migrations_config(connection), revision)
@@ -284,7 +290,9 @@ def test_every_past_revision_is_upgraded_with_what_is_in_it(url: str, folder: Pa
             assert sorted(kept, key=sort_key) == sorted(old, key=sort_key), table
         new = {name for name in after if name not in before} - {"leases", "invitations"}
         sixth = {"alias_moves", "audit", "cards", "grants", "keys", "quotas", "usage", "usage_blocks"}
-        assert new == {"base_shapes", "blob_claims", "engine_holds"} | (sixth if revision < "0006" else set())
+        seventh = {"base_shapes", "blob_claims", "engine_holds"}
+        expected = {"blob_deletions"} | (sixth if revision < "0006" else set())
+        assert new == expected | (seventh if revision < "0007" else set())
         assert [(row["adapter_id"], row["alias"], row["number"]) for row in after["alias_moves"]] == [
             (101, "champion", 2), (102, "champion", 1),
         ]  # fmt: skip

@@ -27,6 +27,7 @@ from lorafleet.errors import (
 )
 from lorafleet.proto.registry.v1 import adapters_pb2
 from lorafleet.registry import NewExpert, Quota
+from lorafleet.router_service.adapters import service
 from lorafleet.router_service.server import Server
 from tests.router_service.adapter_callers import BOTH, Adapters, Raw, adapters, folder, raw, refusal
 from tests.router_service.conftest import Experts, Fleet, Serve
@@ -117,7 +118,7 @@ def test_versions_go_through_their_life(
         client.promote("acme/sql:2")
     client.evaluate("acme/sql:2", loss=2.25, tokens=1000)  # replaces it
     made = client.promote("acme/sql:2")
-    assert (made.before, made.loss, made.loss_before, made.members) == (1, 2.25, 2.5, 1)
+    assert (made.before, made.loss, made.loss_before, made.members) == (1, 2.25, 2.5, 0)
     made = client.promote("acme/sql@champion", "canary")
     assert (made.alias, made.before, made.loss, made.members) == ("canary", None, None, 0)
     assert client.promote("acme/sql:3", force=True).version.number == 3
@@ -150,6 +151,20 @@ def test_a_measurement_without_sense_is_refused(
         with pytest.raises(InvalidInputError, match="expected"):
             client.evaluate("acme/sql:1", loss=loss, tokens=tokens)
     assert fleet.registry.evaluations(version) == []
+
+
+def digest(number: int) -> str:
+    return f"sha256:{number:064x}"
+
+
+def add_versions(fleet: Fleet, *parents: int) -> None:
+    """Further versions of ``acme/shared``, made of so many updates each."""
+    registry = fleet.registry
+    federation = registry.federation("acme", "fed")
+    for number in parents:
+        opened = registry.open_round(federation, 1 + registry.newest_number("acme", "shared"))
+        made_of = tuple(map(digest, range(number)))
+        registry.commit_round(opened, [NewExpert("shared", fleet_weights(fleet), "exact", made_of)], report={})
 
 
 def add_expert(fleet: Fleet, *, member: str | None = None) -> None:
@@ -362,3 +377,74 @@ def test_a_page_that_no_list_gave_is_refused(
     ):
         code, _ = refusal(lambda page=page: one.ListVersions(adapter="acme/sql", **page))  # type: ignore[misc]
         assert code == grpc.StatusCode.INVALID_ARGUMENT, page
+
+
+def pages(one: Raw, adapter: str, *, page_size: int = 0) -> list[adapters_pb2.ListVersionsResponse]:
+    found = [one.ListVersions(adapter=adapter, page_size=page_size)]
+    while token := found[-1].next_page_token:
+        found.append(one.ListVersions(adapter=adapter, page_size=page_size, page_token=token))
+    return found
+
+
+def test_versions_that_were_made_of_very_many_updates_are_listed_and_shown(
+    serve: Serve, adapters: Adapters, raw: Callable[..., Raw], fleet: Fleet
+) -> None:
+    """60,000 digests alone are more than gRPC's 4 MiB."""
+    add_expert(fleet)
+    add_versions(fleet, 60_000, 30_000, 30_000)
+    server = serve()
+    client, registry = adapters(server), fleet.registry
+    lineages = [version.lineage for version in client.versions("acme/shared")]
+    assert [made.parent_count for made in lineages if made is not None] == [1, 60_000, 30_000, 30_000]
+    assert all(made is not None and made.parents == () for made in lineages)
+    shown = client.version("acme/shared:2").version.lineage
+    assert shown is not None and shown.parents == tuple(map(digest, range(60_000)))
+    assert sum(page.ByteSize() for page in pages(raw(server), "acme/shared")) < 2000
+    client.retire("acme/shared:2")  # what changes a version says of it what lists do
+    assert client.restore("acme/shared:2").lineage == lineages[1]
+    assert registry.resolve("acme/shared:2").lineage.parents == shown.parents  # type: ignore[union-attr]
+
+
+def test_a_page_ends_by_its_bytes_and_the_next_one_begins_after_it(
+    serve: Serve, raw: Callable[..., Raw], fleet: Fleet, experts: Experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_READ_VERSIONS", 3)
+    for _ in range(7):
+        fleet.add("acme/many", experts.other)
+    one = raw(serve())
+    (whole,) = pages(one, "acme/many")
+    largest = max(version.ByteSize() for version in whole.versions)
+    for most, numbers in ((2 * largest, [[1, 2], [3, 4], [5, 6], [7]]), (1, [[n] for n in range(1, 8)])):
+        monkeypatch.setattr(service, "_PAGE_BYTES", most)
+        found = pages(one, "acme/many")
+        assert [[version.number for version in page.versions] for page in found] == numbers
+        assert [version for page in found for version in page.versions] == list(whole.versions)
+
+
+def test_of_anothers_versions_those_that_are_hidden_leave_no_trace_in_a_list(
+    serve: Serve, raw: Callable[..., Raw], fleet: Fleet
+) -> None:
+    """Quarantined ones, and those that were made after the last member was revoked."""
+    add_expert(fleet, member="rival")
+    add_versions(fleet, 1, 1)
+    registry = fleet.registry
+    rival = raw(serve(), "rival")
+
+    def seen() -> list[list[bytes]]:
+        return [
+            [page.SerializeToString(deterministic=True) for page in pages(rival, "acme/shared", page_size=size)]
+            for size in (1, 2, 3, 100)
+        ]
+
+    before = seen()
+    assert [len(found) for found in before] == [3, 2, 1, 1]
+    add_versions(fleet, 1, 1)
+    for number in (4, 5):
+        registry.quarantine(registry.version("acme", "shared", number))
+    assert seen() == before
+    registry.revoke_member(registry.federation("acme", "fed"), "k")
+    add_versions(fleet, *[1] * 3)
+    registry.set_alias("acme", "shared", "champion", 3)  # which each of them took
+    assert seen() == before
+    registry.quarantine(registry.version("acme", "shared", 2))
+    assert [len(found) for found in seen()] == [2, 1, 1, 1]

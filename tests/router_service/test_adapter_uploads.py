@@ -8,7 +8,8 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from lorafleet import adapters_client
 from lorafleet.adapters import LoraAdapter
 from lorafleet.adapters_client import AdapterClient
+from lorafleet.connection import TransfersFullError
 from lorafleet.errors import (
     AdapterFormatError,
     BaseMismatchError,
@@ -28,7 +30,7 @@ from lorafleet.errors import (
     UnavailableError,
 )
 from lorafleet.proto.registry.v1 import adapters_pb2
-from lorafleet.router_service.adapters import service
+from lorafleet.router_service.adapters import downloads, service
 from lorafleet.router_service.adapters.transfers import TransferLimits, Transfers
 from lorafleet.router_service.adapters.uploads import AnnouncedFile, UploadLimits, Uploads
 from lorafleet.router_service.server import Server
@@ -36,6 +38,7 @@ from tests.registry.test_concurrency import at_once
 from tests.registry.test_import import tmpfs
 from tests.router_service.adapter_callers import BOTH, Adapters, Raw, adapters, announced, folder, raw, refusal
 from tests.router_service.conftest import Experts, Fleet, Serve
+from tests.waiting import wait_until
 
 __all__ = ["adapters", "folder", "raw"]
 
@@ -310,6 +313,42 @@ def test_a_server_that_dies_while_it_publishes_makes_one_version(
     assert len(digests(fleet)) == 1
 
 
+def test_a_server_that_stops_cuts_an_upload_off_but_not_the_version_that_it_is_being_made(
+    server: Server,
+    serve: Serve,
+    raw: Callable[..., Raw],
+    fleet: Fleet,
+    folder: Path,
+    staged: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, make, done = raw(server), fleet.registry.import_version, list[str]()
+    upload = one.start(folder).id
+    one.send_all(upload, folder)
+    answered = threading.Event()
+
+    def stop() -> None:
+        server.stop()
+        done.append("stopped")
+
+    stopping = threading.Thread(target=stop, daemon=True)
+
+    def slowly(*arguments: Any, **named: Any) -> Any:
+        stopping.start()
+        assert answered.wait(30.0)
+        version = make(*arguments, **named)
+        done.append("made")
+        return version
+
+    monkeypatch.setattr(fleet.registry, "import_version", slowly)
+    code, _ = refusal(lambda: one.FinishUpload(upload=upload))
+    answered.set()
+    stopping.join(30.0)
+    assert (code, done) == (grpc.StatusCode.UNAVAILABLE, ["made", "stopped"])
+    assert raw(serve(uploads=staged)).FinishUpload(upload=upload).version.number == 1
+    assert len(digests(fleet)) == 1
+
+
 # Pieces that are not the next
 
 
@@ -515,6 +554,87 @@ def test_a_call_that_sends_nothing_any_more_is_ended(
 
     assert one.begin_chunks(nothing()).code() == grpc.StatusCode.CANCELLED
     go_on.set()
+
+
+def test_a_download_that_nobody_reads_is_ended_and_its_place_is_free(
+    serve: Serve, raw: Callable[..., Raw], fleet: Fleet, experts: Experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of it than lies between a caller and the server, long before the call's deadline."""
+    monkeypatch.setattr(service, "_TICK_S", 0.05)
+    monkeypatch.setattr(service.downloads, "opened", large)
+    fleet.add("acme/sql", experts.other)
+    one = raw(serve(transfer_limits=TransferLimits(idle_s=0.2, tenant_calls=1)))
+    closed.clear()
+    call = one.DownloadVersion(reference="acme/sql")
+    assert next(call).HasField("manifest")
+    assert closed.wait(10.0)
+    assert next(one.DownloadVersion(reference="acme/sql")).HasField("manifest")
+    with pytest.raises(grpc.RpcError) as caught:
+        for _ in call:
+            pass
+    assert caught.value.code() == grpc.StatusCode.CANCELLED
+
+
+closed = threading.Event()
+
+
+@contextmanager
+def large(_registry: object, _version: object) -> Iterator[list[downloads.OpenFile]]:
+    """A version of 64 MiB; ``closed`` tells that it was closed."""
+    try:
+        yield [downloads.OpenFile(WEIGHTS, BytesIO(bytes(2**26)), 2**26, "0" * 64)]
+    finally:
+        closed.set()
+
+
+@pytest.mark.usefixtures("small_legs")
+@pytest.mark.parametrize("when", ["at first", "half-way", "at the end"])
+def test_an_upload_waits_for_a_place_among_the_calls_that_move_weights(
+    serve: Serve, raw: Callable[..., Raw], fleet: Fleet, folder: Path, experts: Experts, when: str
+) -> None:
+    fleet.registry.create_adapter("acme", "sql", base="small")
+    server = serve(transfer_limits=TransferLimits(tenant_calls=1))
+    one, go_on, waits, held = raw(server), threading.Event(), list[float](), list[Any]()
+    other = one.start(folder, request_id="other").id
+
+    def pieces() -> Iterator[adapters_pb2.UploadChunksRequest]:
+        yield adapters_pb2.UploadChunksRequest(upload=other, file=CONFIG, data=b"{")
+        go_on.wait(30)
+
+    def take_the_place(done: int, total: int) -> None:
+        if not held and done >= {"at first": 0, "half-way": total // 2, "at the end": total}[when]:
+            held.append(one.begin_chunks(pieces()))
+            wait_until(lambda: durable(one.GetUpload(upload=other).upload, CONFIG) > 0)
+
+    def leave_it(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            go_on.set()
+            held[0].result()
+
+    key = fleet.token("acme", *BOTH)
+    with AdapterClient(server.address, key=key, timeout_s=30.0, sleep=leave_it, draw=lambda: 1.0) as client:
+        assert client.upload("acme/sql", folder, progress=take_the_place).digest == experts.digits.digest
+    assert waits == [0.4, 0.8, 1.6]
+
+
+def test_an_upload_waits_for_a_place_for_minutes_and_no_longer(
+    serve: Serve, raw: Callable[..., Raw], fleet: Fleet, folder: Path
+) -> None:
+    fleet.registry.create_adapter("acme", "sql", base="small")
+    server, waits = serve(transfer_limits=TransferLimits(calls=0)), list[float]()
+    with (
+        AdapterClient(
+            server.address,
+            key=fleet.token("acme", *BOTH),
+            clock=lambda: sum(waits),
+            sleep=waits.append,
+            draw=lambda: 1.0,
+        ) as client,
+        pytest.raises(TransfersFullError, match="calls of this tenant that move weights"),
+    ):
+        client.upload("acme/sql", folder)
+    assert 300.0 <= sum(waits) < 310.0
 
 
 def test_a_transfer_in_which_nothing_moves_is_ended_and_one_that_waits_for_us_is_not() -> None:

@@ -17,7 +17,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from lorafleet.errors import UnauthenticatedError
+from lorafleet.errors import OverloadedError, UnauthenticatedError
 from lorafleet.proto.registry.v1 import adapters_pb2
 from lorafleet.proto.router.v1 import router_pb2, router_pb2_grpc
 from lorafleet.registry import Registry, keys
@@ -26,7 +26,8 @@ from lorafleet.router_service.http import door as http_door
 from lorafleet.router_service.http.app import HttpApp
 from lorafleet.router_service.origins import origin
 from lorafleet.router_service.server import Server
-from tests.router_service.conftest import Connect, Fleet, Serve, bearer
+from tests.router_service.conftest import Connect, Experts, Fleet, Serve, bearer
+from tests.waiting import wait_until
 
 METHODS: list[MethodDescriptor] = [
     method
@@ -264,6 +265,7 @@ def wait_ended(calls: list[Any], number: int) -> None:
 
 
 ROUTE = "/lorafleet.router.v1.RouterService/Route"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
 def test_who_has_no_key_holds_no_thread_by_sending_nothing(serve: Serve, connect: Connect) -> None:
@@ -309,16 +311,125 @@ def test_health_is_answered_again_after_the_server_was_full_to_the_brim(
     monkeypatch.setattr(grpc_door, "_MESSAGE_S", 60.0)
     server = serve(max_calls=1)
     with grpc.insecure_channel(server.address) as channel:
-        go_on, calls = silent_calls(channel, ROUTE, 60, bearer(fleet.token("acme")))
-        wait_ended(calls, 60 - 4 * 9)
+        begun = []
+        for number, share in enumerate((18, 9, 5, 2, 1, 1)):  # of 36 places; each tenant has half of what is left
+            fleet.registry.create_tenant(f"tenant-{number}")
+            token = fleet.token(f"tenant-{number}")
+            begun.append(silent_calls(channel, ROUTE, 20, bearer(token)))
+            wait_ended(begun[-1][1], 20 - share)
         stub = health_pb2_grpc.HealthStub(channel)
         for _ in range(3):
             with pytest.raises(grpc.RpcError, match="Concurrent RPC limit"):
                 stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
-        go_on.set()
-        for call in calls:
-            call.code()
+        for go_on, calls in begun:
+            go_on.set()
+            for call in calls:
+                call.code()
         assert stub.Check(health_pb2.HealthCheckRequest(), timeout=30).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_one_tenants_silent_streams_leave_room_for_anothers_calls(serve: Serve, fleet: Fleet, connect: Connect) -> None:
+    server = serve(max_calls=1)
+    with grpc.insecure_channel(server.address) as channel:
+        go_on, calls = silent_calls(channel, REFLECTION, 60, bearer(fleet.token("acme", "adapters:read")))
+        wait_ended(calls, 60 - 18)  # half of 36 places
+        refused = [call for call in calls if call.done()]
+        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert {call.details() for call in refused} == {
+            "too many of your calls are here at once; try again when one has ended"
+        }
+        with pytest.raises(OverloadedError, match="too many of your calls"):
+            connect(server).list_adapters()
+        assert connect(server, tenant="rival").list_adapters() == []
+        go_on.set()
+        assert {call.code() for call in calls} == {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.OK}
+    assert connect(server).list_adapters() == []
+
+
+def test_each_tenant_has_as_many_places_as_it_leaves_free() -> None:
+    shares, places, running = grpc_door.Shares(), 12, 0
+
+    def begun(tenant: str) -> int:
+        """How many calls begin before one is refused."""
+        nonlocal running
+        for number in range(places + 1):
+            try:
+                shares.take(tenant, free=places - running)
+            except OverloadedError:
+                return number
+            running += 1
+        raise AssertionError("nothing was refused")
+
+    assert [begun(tenant) for tenant in "abcde"] == [6, 3, 2, 1, 0]
+    for tenant, number in (("a", 6), ("b", 3), ("c", 2), ("d", 1)):
+        for _ in range(number):
+            shares.give_back(tenant)
+    assert shares._running == {}
+
+
+def test_places_of_calls_that_were_refused_or_cancelled_are_free_again(
+    serve: Serve, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    door = server._grpc._door
+    metadata = bearer(fleet.token("acme"))
+    with grpc.insecure_channel(server.address) as channel:
+        with pytest.raises(grpc.RpcError):
+            channel.unary_unary(ROUTE)(b"\xff", metadata=metadata, timeout=30)
+        go_on, (call,) = silent_calls(channel, REFLECTION, 1, metadata)
+        wait_until(lambda: door._shares._running == {"acme": 1})
+        call.cancel()
+        wait_until(lambda: door._shares._running == {} and door._running == 0)
+        go_on.set()
+
+
+def test_a_stream_whose_next_message_does_not_come_is_ended(
+    serve: Serve, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_door, "_NEXT_MESSAGE_S", 0.1)
+    server, go_on = serve(), threading.Event()
+
+    def one() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        go_on.wait()
+
+    with grpc.insecure_channel(server.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo(one(), metadata=bearer(fleet.token("acme")), timeout=30)
+        assert next(call).list_services_response.service
+        with pytest.raises(grpc.RpcError, match="did not come within"):
+            next(call)
+        assert call.code() == grpc.StatusCode.CANCELLED
+        go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("path", "request_"),
+    [
+        (REFLECTION, reflection_pb2.ServerReflectionRequest(list_services="")),
+        ("/lorafleet.registry.v1.AdapterService/ListAdapters", adapters_pb2.ListAdaptersRequest()),
+        ("/lorafleet.router.v1.RouterService/ListAdapters", router_pb2.ListAdaptersRequest()),
+    ],
+    ids=["a stream", "on a thread", "on the loop"],
+)
+def test_an_answer_that_is_too_large_is_told_as_such_and_logged(
+    serve: Serve,
+    fleet: Fleet,
+    experts: Experts,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+    request_: Any,
+) -> None:
+    monkeypatch.setattr(grpc_door, "MAX_RESPONSE_BYTES", 10)
+    fleet.add("acme/sql", experts.other)
+    server, metadata = serve(), bearer(fleet.token("acme", "infer", "adapters:read"))
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(channel.unary_stream(path)(request_.SerializeToString(), metadata=metadata, timeout=30))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    assert re.fullmatch(r"the answer has \d+ bytes, expected at most 10; ask for less of it", caught.value.details())
+    (line,) = (record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+    assert re.fullmatch(rf"{path[1:]}: the answer has \d+ bytes, expected at most 10", line)
 
 
 @pytest.mark.parametrize("body", [b"\xff", b"\x0a\x02\xff\xfe"], ids=["no message", "no text"])

@@ -17,7 +17,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from lorafleet.engine import Engine, Ticket, TokenChunk
-from lorafleet.errors import LorafleetError
+from lorafleet.errors import LorafleetError, QuotaExceededError
 from lorafleet.proto.router.v1 import router_pb2, router_pb2_grpc
 from lorafleet.registry import Quota
 from lorafleet.registry.quotas import DAY_S
@@ -124,6 +124,25 @@ def test_over_grpc_a_used_quota_has_details(
     assert error_details_pb2.RetryInfo.FromString(retry.value).retry_delay.seconds > DAY_S
     (violation,) = error_details_pb2.QuotaFailure.FromString(quota.value).violations
     assert f"budget_tokens of {WHOLE}" in violation.description
+
+
+def test_the_client_says_when_a_used_quota_helps_to_wait_for_and_when_not(
+    server: Server, fleet: Fleet, connect: Connect
+) -> None:
+    client = connect(server)
+    fleet.registry.set_quota("acme", Quota(requests_per_minute=2))
+    with pytest.raises(QuotaExceededError, match="requests_per_minute of 2") as caught:
+        for _ in range(5):  # more than two minutes' worth
+            client.generate(PROMPT, max_tokens=1)
+    assert caught.value.retry_after_s is not None and 0 < caught.value.retry_after_s <= 60
+    fleet.registry.set_quota("acme", Quota(tokens_per_minute=WHOLE - 1))
+
+    def ask_for_more_than_ever() -> None:
+        with pytest.raises(QuotaExceededError, match=f"the request needs {WHOLE}") as refused:
+            client.generate(PROMPT, **ANSWER)  # type: ignore[arg-type]
+        assert refused.value.retry_after_s is None
+
+    seconds_until(ask_for_more_than_ever, AssertionError)  # a quota is looked at again every second
 
 
 def test_one_tenants_quota_is_not_anothers(server: Server, connect: Connect, limit: Callable[[int], None]) -> None:

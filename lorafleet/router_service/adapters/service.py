@@ -24,6 +24,10 @@ from lorafleet.router_service.grpc_blocking import Blocking
 _TICK_S: Final = 5.0
 _SWEEP_TICKS: Final = 12
 _LONGEST_LICENCE: Final = 200
+_PAGE_BYTES: Final = 2**20
+"""Of a list's messages, but for one that alone has more: clients of gRPC take 4 MiB."""
+_READ_VERSIONS: Final = 25
+"""Rows at a time, as one may have the digests of 10,000 parents: 18 MB of them."""
 _log = logging.getLogger(__name__)
 
 
@@ -93,17 +97,17 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         if last and not (last.isdecimal() and len(last) < 10):
             raise InvalidInputError("found a page_token of another list, expected this one's")
         adapter = self._visible_adapter(key, request.adapter)
-        found = self._registry.versions(adapter.tenant, adapter.name, after=int(last or 0), limit=size + 1)
-        page = found[:size]
         aliases = self._registry.aliases(adapter.tenant, adapter.name)
-        shown = [version for version in page if adapter.tenant == key.tenant or self._may_use(key, version)]
         origins = self._origins(key, adapter.tenant)
-        return adapters_pb2.ListVersionsResponse(
-            versions=[
-                messages.version(version, reader=key.tenant, aliases=aliases, origins=origins) for version in shown
-            ],
-            next_page_token=token_after(str(page[-1].number)) if len(found) > size else "",
-        )
+        page, page_bytes, token = list[adapters_pb2.Version](), 0, ""
+        for version in self._listed(key, adapter, after=int(last or 0), limit=min(size + 1, _READ_VERSIONS)):
+            shown = messages.version(version, reader=key.tenant, aliases=aliases, origins=origins)
+            page_bytes += shown.ByteSize()
+            if page and (len(page) == size or page_bytes > _PAGE_BYTES):
+                token = token_after(str(page[-1].number))
+                break
+            page.append(shown)
+        return adapters_pb2.ListVersionsResponse(versions=page, next_page_token=token)
 
     def GetVersion(self, request: adapters_pb2.GetVersionRequest, context: Blocking) -> adapters_pb2.GetVersionResponse:
         key, registry = context.key, self._registry
@@ -113,7 +117,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         evaluations = registry.evaluations(found) if found.tenant == key.tenant else ()
         aliases = registry.aliases(found.tenant, found.adapter)
         return adapters_pb2.GetVersionResponse(
-            version=messages.version(found, reader=key.tenant, aliases=aliases, origins=origins),
+            version=messages.version(found, reader=key.tenant, aliases=aliases, origins=origins, with_parents=True),
             base_licence=registry.base(found.base_digest).licence,
             evaluations=[messages.evaluation(evaluation) for evaluation in evaluations],
             card=registry.card(found),
@@ -292,8 +296,22 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             return set()
         return _with_lineage(self._registry.live(key.tenant))
 
-    def _may_use(self, key: Key, version: Version) -> bool:
-        return version.state != "quarantined" and self._registry.may_use(key.tenant, version)
+    def _listed(self, key: Key, adapter: Adapter, *, after: int, limit: int) -> Iterator[Version]:
+        """An adapter's versions above a number that the caller may know of, by number, read ``limit`` at a time.
+
+        Nothing of the others is left to be seen: pages are cut after this.
+        """
+        while found := self._registry.versions(adapter.tenant, adapter.name, after=after, limit=limit):
+            for version in found:
+                if adapter.tenant != key.tenant:
+                    if version.state == "quarantined":
+                        continue
+                    if not self._registry.may_use(key.tenant, version):
+                        return  # made after its last member was revoked, as are those with higher numbers
+                yield version
+            if len(found) < limit:
+                return
+            after = found[-1].number
 
     def _numbered(self, key: Key, reference: str) -> Version:
         """A version of the caller's own, in whatever state."""

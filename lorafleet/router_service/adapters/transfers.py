@@ -2,7 +2,8 @@
 
 Each of them has a thread, and may run for as long as its deadline allows: without a bound a few slow callers would hold
 all threads, without an end those who send nothing. They are no calls in the sense of ``Admission``: a server that stops
-does not wait for them, as they go on elsewhere or later.
+does not wait for them, as they go on elsewhere or later, but for the work of one that makes a version
+(``GrpcServer.stop``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lorafleet.errors import OverloadedError
+
+
+class TransfersFullError(OverloadedError):
+    """As many calls move weights as may at once. Callers know its reason, TRANSFERS_FULL: unlike a full disk it is over
+    when one of these calls ends."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,11 @@ class Transfers:
 
     @contextmanager
     def enter(self, tenant: str, cancel: Callable[[], object]) -> Iterator[Transfer]:
-        """Raises OverloadedError when full; ``cancel`` ends the call where nothing moves."""
+        """Raises TransfersFullError when full; ``cancel`` ends the call where nothing moves."""
         transfer = Transfer(cancel, self._clock)
         with self._lock:
             if self._tenants[tenant] >= self._limits.tenant_calls or len(self._running) >= self._limits.calls:
-                raise OverloadedError(
+                raise TransfersFullError(
                     f"found {self._tenants[tenant]} calls of this tenant that move weights and {len(self._running)} in "
                     f"all, expected less than {self._limits.tenant_calls} and {self._limits.calls}; try again later"
                 )

@@ -18,8 +18,8 @@ from lorafleet.engine.tiers import Claim
 LOOKAHEAD = 4
 # In whole steps of tokens: what a tenant with few requests may be served in a burst, ahead of the others.
 LEAD_STEPS: Final = 16
-# In whole steps of tokens, too: what "lately" is. Some 350 requests, so that of twenty tenants that ask for the same none
-# has half as much again; on a small CPU 20 s, too long to wait for where one tenant wants every place.
+# In whole steps of tokens, too: what "lately" is. Some 350 requests, so that of twenty tenants that ask for the same
+# none has half as much again; on a small CPU 20 s, too long to wait for where one tenant wants every place.
 WINDOW_STEPS: Final = 64
 # How much longer tenants with many requests may make a step of those with few.
 SLOWDOWN: Final = 1.2

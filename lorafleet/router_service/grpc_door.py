@@ -13,13 +13,14 @@ from urllib.parse import unquote
 
 import grpc
 
-from lorafleet.errors import InvalidInputError, LorafleetError, OverloadedError
+from lorafleet.errors import InvalidInputError, LorafleetError
 from lorafleet.registry.keys import require_scope
 from lorafleet.registry.records import Key
 from lorafleet.router_service import grpc_trails, status
 from lorafleet.router_service.authentication import HEADER, Authenticator, bearer_token
 from lorafleet.router_service.grpc_blocking import Blocking
 from lorafleet.router_service.origins import origin
+from lorafleet.router_service.shares import Shares
 from lorafleet.router_service.trail import Begin, Trail, untraced
 from lorafleet.router_service.waiting import Workers
 
@@ -213,31 +214,6 @@ class Places:
         self._taken[address] -= 1
         if not self._taken[address]:
             del self._taken[address]
-
-
-class Shares:
-    """For calls of tenants: each may have as many as are left for others.
-
-    One alone has half of all places, two have a third each, and whoever comes has one, however many others take.
-    """
-
-    def __init__(self) -> None:
-        self._running: dict[str, int] = {}
-        """Of tenants that have any."""
-
-    def take(self, tenant: str, *, free: int) -> None:
-        """Raises OverloadedError for who has as many calls as are ``free``; else :meth:`give_back` must follow."""
-        mine = self._running.get(tenant, 0)
-        if mine >= free:
-            raise OverloadedError("too many of your calls are here at once; try again when one has ended")
-        self._running[tenant] = mine + 1
-
-    def give_back(self, tenant: str) -> None:
-        left = self._running[tenant] - 1
-        if left:
-            self._running[tenant] = left
-        else:
-            del self._running[tenant]
 
 
 def _host(peer: str) -> str:

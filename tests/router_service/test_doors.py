@@ -26,6 +26,7 @@ from lorafleet.router_service.http import door as http_door
 from lorafleet.router_service.http.app import HttpApp
 from lorafleet.router_service.origins import origin
 from lorafleet.router_service.server import Server
+from lorafleet.router_service.shares import Shares
 from tests.router_service.conftest import Connect, Experts, Fleet, Serve, bearer
 from tests.waiting import wait_until
 
@@ -347,7 +348,7 @@ def test_one_tenants_silent_streams_leave_room_for_anothers_calls(serve: Serve, 
 
 
 def test_each_tenant_has_as_many_places_as_it_leaves_free() -> None:
-    shares, places, running = grpc_door.Shares(), 12, 0
+    shares, places, running = Shares(), 12, 0
 
     def begun(tenant: str) -> int:
         """How many calls begin before one is refused."""

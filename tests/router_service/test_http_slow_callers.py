@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
+import httpx
 import openai
 import pytest
 
@@ -53,6 +55,26 @@ def test_a_body_that_does_not_come_is_told_so(server: Server, fleet: Fleet, monk
     )
     answer = said_to(server, head.encode())
     assert answer.startswith(b"HTTP/1.1 400") and b"did not come within" in answer
+
+
+def test_one_tenants_bodies_that_do_not_come_leave_room_for_anothers_calls(serve: Serve, fleet: Fleet) -> None:
+    server = serve(http_address="127.0.0.1:0", max_calls=4)
+    assert server.http_address is not None
+    host, port = server.http_address.rsplit(":", 1)
+    keys = [fleet.token(tenant) for tenant in ("acme", "rival")]
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {keys[0]}\r\ncontent-length: 9\r\n\r\n"
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection((host, int(port)), timeout=30.0)) for _ in range(9)]
+        for connection in connections:
+            connection.sendall(head.encode())
+        refused, _, _ = select.select(connections, [], [], 30.0)  # half of 16 places are its own
+        answer = refused[0].recv(65536)
+        assert answer.startswith(b"HTTP/1.1 429") and b"too many of your calls" in answer
+        for key, status in zip(keys, (429, 200), strict=True):
+            asked = httpx.get(
+                f"http://{server.http_address}/v1/models", headers={"authorization": f"Bearer {key}"}, timeout=30.0
+            )
+            assert asked.status_code == status
 
 
 def test_an_answer_may_take_longer_than_a_head(

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from functools import partial
+from typing import Final
 
 from starlette.exceptions import HTTPException
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -34,6 +35,8 @@ from lorafleet.router_service.waiting import Workers
 
 _GONE = 499  # nginx's word for a caller that did not wait; nobody reads it
 _SPARE_THREADS = 8
+CALLERS_PER_CALL: Final = 4
+"""So many requests of callers whose keys are good may be there for each that is admitted: one tenant alone has half."""
 
 
 class HttpApp:
@@ -64,7 +67,9 @@ class HttpApp:
         ]
         # A thread for each admitted call: a router's scores may take their time.
         self._workers = Workers(max_calls + _SPARE_THREADS, "lorafleet-http")
-        self._door = Door(Router(self.routes, redirect_slashes=False), authenticator)
+        self._door = Door(
+            Router(self.routes, redirect_slashes=False), authenticator, most_calls=CALLERS_PER_CALL * max_calls
+        )
         self._app = Trails(
             RateLimitHeaders(
                 ExceptionMiddleware(

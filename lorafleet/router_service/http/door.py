@@ -1,4 +1,4 @@
-"""What every HTTP request passes before its endpoint: the caller's key, and its scope."""
+"""What every HTTP request passes before its endpoint: the caller's key, its scope, and its tenant's share of places."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lorafleet.registry.keys import require_scope
 from lorafleet.registry.records import Key
 from lorafleet.router_service.authentication import HEADER, Authenticator, bearer_token
 from lorafleet.router_service.http.trails import trail_of
+from lorafleet.router_service.shares import Shares
 from lorafleet.router_service.waiting import Workers
 
 OPEN: Final = frozenset({"/health"})
@@ -40,10 +41,15 @@ def key_of(scope: Scope) -> Key | None:
 
 
 class Door:
-    """Lets a request through with a key that has the scope of its path."""
+    """Lets a request through with a key that has the scope of its path.
 
-    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
+    ``most_calls`` may be there at a time, of which each tenant has a share (:class:`~..shares.Shares`): else one that
+    sends headers and no bodies would have the server's connections, and everybody else a refusal.
+    """
+
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, *, most_calls: int) -> None:
         self._app, self._authenticator = app, authenticator
+        self._most, self._running, self._shares = most_calls, 0, Shares()
         self._lookups = Workers(_LOOKUPS, "lorafleet-keys")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,9 +62,17 @@ class Door:
             trail.key_id = key.key_id
             require_scope(key, SCOPES.get(path, _DEFAULT_SCOPE))
             scope[_KEY] = key
-            if admit := scope.get(ADMIT):
-                admit()
-        await self._app(scope, receive, send)
+            self._shares.take(key.tenant, free=self._most - self._running)
+            self._running += 1
+            try:
+                if admit := scope.get(ADMIT):
+                    admit()
+                await self._app(scope, receive, send)
+            finally:
+                self._running -= 1
+                self._shares.give_back(key.tenant)
+        else:
+            await self._app(scope, receive, send)
 
     def close(self) -> None:
         self._lookups.close()

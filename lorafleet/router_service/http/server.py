@@ -12,14 +12,15 @@ from typing import Any, Final
 import uvicorn
 
 from lorafleet.errors import UnavailableError
-from lorafleet.router_service.http.app import HttpApp
+from lorafleet.router_service.http.app import CALLERS_PER_CALL, HttpApp
 from lorafleet.router_service.http.connection import Connection, Strangers
 from lorafleet.router_service.tls import Tls
 
-_CONNECTIONS_PER_CALL: Final = 4
-"""Bounds open connections: most clients keep one for their next request."""
 _STRANGERS_PER_CALL: Final = 2
-"""Of these so many may be without a request whose key is good; with more, those that have waited longest are closed."""
+"""So many connections may be without a request whose key is good: most clients keep one for their next request. With
+more, those that have waited longest are closed."""
+_CONNECTIONS_PER_CALL: Final = _STRANGERS_PER_CALL + CALLERS_PER_CALL
+"""Bounds open connections."""
 _HANDSHAKE_S: Final = 10.0
 """For TLS to be agreed on; Python's own limit is 60 s."""
 _LAST_WORDS_S: Final = 1

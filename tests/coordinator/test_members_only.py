@@ -46,7 +46,8 @@ from lorafleet.coordinator.node_keys import pem_of, read_public_key
 from lorafleet.coordinator.settings import CoordinatorConfig
 from lorafleet.registry import Federation
 from lorafleet.registry.store import Registry
-from tests.coordinator.test_launch import issue_certificates, running, wait_for
+from tests.coordinator.test_launch import issue_certificates, running
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
 
@@ -110,7 +111,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         "--registry", config.registry, "--blobs", str(config.blobs),
     ]  # fmt: skip
     with running(command, folder, port), lorafleet(folder / "proxy.log", *passing):
-        wait_for(lambda: "listening fleet=" in (folder / "proxy.log").read_text())
+        wait_until(lambda: "listening fleet=" in (folder / "proxy.log").read_text())
         proxy = (folder / "proxy.log").read_text().partition("listening fleet=")[2].split()[0]
         yield Site(folder, superlink, proxy, federation)
 
@@ -167,7 +168,7 @@ def member(site: Site) -> Iterator[Path]:
     assert made == {"member": "alder", "tenant": "acme"}
     log = site.folder / "alder.log"
     with lorafleet(log, *joining(site, key, "alder")):
-        wait_for(lambda: "SuperNode ID" in log.read_text())
+        wait_until(lambda: "SuperNode ID" in log.read_text())
         yield log
 
 

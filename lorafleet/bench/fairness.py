@@ -221,12 +221,16 @@ def run_arm(
 def arm_result(
     arm: Arm, turn: int, quiet: Sequence[Outcome], flood: Sequence[Outcome], *, warm_s: float, seconds: float
 ) -> ArmResult:
-    """UnavailableError where there should have been a flood and none of it was answered: that is ``alone`` again."""
+    """UnavailableError where there should have been a flood and none of it was served: that is ``alone`` again."""
     answered = [outcome for outcome in quiet if outcome.status == "OK"]
-    in_time = [o for o in flood if o.status == "OK" and warm_s <= o.ended_s < warm_s + seconds]
-    if arm != "alone" and not in_time:
+    end_s = warm_s + seconds
+    served = [o for o in flood if o.status == "OK" and o.sent_s < end_s and o.ended_s >= warm_s]
+    if arm != "alone" and not served:
         statuses = dict(Counter(outcome.status for outcome in flood))
-        raise UnavailableError(f"no call of the flood was answered in {seconds:g} s ({statuses}); give it more time")
+        raise UnavailableError(
+            f"no call of the flood was served between {warm_s:g} and {end_s:g} s ({statuses}); expected some; "
+            "see that the service answers at all"
+        )
     return ArmResult(
         arm,
         turn,
@@ -234,7 +238,7 @@ def arm_result(
         [outcome.latency_s for outcome in answered],
         [outcome.first_token_s for outcome in answered if outcome.first_token_s is not None],
         dict(Counter(outcome.status for outcome in quiet if outcome.status != "OK")),
-        len(in_time) / seconds,
+        sum(outcome.ended_s < end_s for outcome in served) / seconds,
         sum(outcome.status == "RESOURCE_EXHAUSTED" for outcome in flood),
     )
 

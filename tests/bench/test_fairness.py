@@ -67,6 +67,13 @@ def test_latencies_are_of_answers_and_the_floods_rate_is_of_the_time_in_between(
     assert found.first_tokens_s == pytest.approx([0.1])
 
 
+def test_a_flood_whose_answers_end_later_was_there_all_the_same() -> None:
+    found = arm_result("long", 0, [], [outcome("OK", 14.0, at_s=1.0)], warm_s=3.0, seconds=10.0)
+    assert found.flood_rate == 0.0
+    with pytest.raises(UnavailableError, match="between 3 and 13 s"):
+        arm_result("long", 0, [], [outcome("OK", 2.0), outcome("OK", 15.0, at_s=14.0)], warm_s=3.0, seconds=10.0)
+
+
 def test_a_flood_that_was_never_answered_is_no_flood() -> None:
     refused = [outcome("UNAUTHENTICATED", 4.0)]
     with pytest.raises(UnavailableError, match="UNAUTHENTICATED"):
@@ -113,8 +120,7 @@ def test_a_part_of_more_than_the_share_is_refused_in_one_line(capsys: pytest.Cap
 @pytest.mark.long
 @pytest.mark.process
 def test_a_small_run_measures_every_arm(tmp_path: Path) -> None:
-    # Seconds in which a slow machine, with other tests on it, answers some of a hundred calls that come at once.
-    settings = FairnessSettings(seconds=6.0, turns=1, flood=0.5, warm_s=2.0, compare=False)
+    settings = FairnessSettings(seconds=3.0, turns=1, flood=1.0, warm_s=1.0, compare=False)
     said: list[str] = []
     done = bench_fairness(settings, work=tmp_path / "work", out=tmp_path / "out", when=NOON, say=said.append)
     assert done.capacity > 0

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Literal, Self
 
-from lorafleet.connection import ClientTls, Connection, TransfersFullError
+from lorafleet.connection import ClientTls, Connection
 from lorafleet.errors import (
     AlreadyExistsError,
     DeadlineExceededError,
@@ -32,6 +32,7 @@ from lorafleet.errors import (
     InvalidInputError,
     LorafleetError,
     NotFoundError,
+    TransfersFullError,
     UnavailableError,
 )
 from lorafleet.proto.registry.v1 import adapters_pb2, adapters_pb2_grpc

@@ -22,18 +22,14 @@ from lorafleet.errors import (
     DeadlineExceededError,
     InvalidInputError,
     LorafleetError,
-    OverloadedError,
     PromotionRefusedError,
     QuotaExceededError,
+    TransfersFullError,
     UnavailableError,
 )
 
 _MAX_ANSWER_BYTES: Final = 16 * 2**20
 """Of one message, as servers send at most; gRPC's own limit is 4 MiB."""
-
-
-class TransfersFullError(OverloadedError):
-    """As many calls move weights as the server takes at once: unlike a full disk, over when one of them ends."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from lorafleet.adapters import LoraAdapter, LoraPair
 from lorafleet.adapters_client import CHUNK_BYTES
 from lorafleet.engine import Engine
+from lorafleet.registry.records import NewExpert
 from lorafleet.router_service.server import Server, ServerConfig
 from tests.relays import Relay
 from tests.test_cli import Command, Store, adapters, base, lorafleet
@@ -61,6 +62,11 @@ def filled(folder: Path, engine: Engine) -> Store:
 def life(lorafleet: Command, store: Store, adapters: dict[str, Path], base: Path, out: Path) -> list[Any]:
     """What every command answers, and what the registry holds in the end; without times, and who it was."""
     (adapters["low"] / "README.md").write_bytes("# Größe\r\n".encode())
+    with store.open() as registry:
+        federation = registry.create_federation("acme", "fed", base="small-base", settings={})
+        parents = ("sha256:" + "1" * 64, "sha256:" + "2" * 64)
+        expert = NewExpert("shared", LoraAdapter.load(adapters["high"]), rule="exact", parents=parents)
+        registry.commit_round(registry.open_round(federation, 1), [expert], report={})
     said: list[Any] = []
 
     def run(line: str, *paths: str | Path, status: int = 0) -> None:
@@ -84,6 +90,7 @@ def life(lorafleet: Command, store: Store, adapters: dict[str, Path], base: Path
         run("retire acme/sql:1", status=1)
         run("show acme/sql --json")
         run("show acme/sql@canary")
+        run("show acme/shared:1 --json")
         run("list --tenant acme --json")
         run("export acme/sql --json", "--out", out)
     finally:
@@ -107,6 +114,8 @@ def test_every_command_says_and_does_the_same_on_both(
     assert files["README.md"] == "# Größe\r\n".encode()
     for path in out.iterdir():
         path.unlink()
+    shown, listed = here[-5][0], here[-4][0]
+    assert "1" * 64 in shown and "1" * 64 not in listed and '"parent_count": 2' in listed
     assert timeless(life(lorafleet, remote, adapters, base, out)) == timeless(here)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
     assert LoraAdapter.load(out).digest == LoraAdapter.load(adapters["low"]).digest

@@ -34,6 +34,7 @@ from lorafleet.errors import AdapterFormatError, InvalidInputError, NotFoundErro
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 GATES_NAME = "gates.safetensors"
+CARD_NAME = "README.md"
 LARGEST_CONFIG = 2**20
 """Bytes of a configuration; PEFT writes a few thousand, with a pattern for every module some hundred thousand."""
 LARGEST_WORK = 5_000_000

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lorafleet.registry import Registry
     from lorafleet.registry.records import Version
 
-CARD_NAME = "README.md"
-
 Row = dict[str, Any]
 
 
@@ -86,11 +84,14 @@ class LocalAdapters:
             **_row(version),
             "base_licence": registry.base(version.base_digest).licence,
             "aliases": self._aliases(version),
+            "parents": _parents(version),
             "evaluations": registry.evaluations(version),
             "card": registry.card(version),
         }
 
     def export(self, reference: str, out: Path) -> Row:
+        from lorafleet.adapters.format import CARD_NAME
+
         version = self._registry.resolve(reference)
         self._registry.load(version).save(out)
         (out / CARD_NAME).unlink(missing_ok=True)  # an earlier version's: it would be taken for this one's
@@ -127,7 +128,7 @@ class LocalAdapters:
         from lorafleet.registry.references import parse_reference
 
         parsed = parse_reference(reference)
-        assert parsed.number is not None
+        assert parsed.number is not None, "commands check that first, wherever they work"
         return self._registry.version(parsed.tenant, parsed.adapter, parsed.number)
 
     def _aliases(self, version: Version) -> list[str]:
@@ -161,6 +162,7 @@ class RemoteAdapters:
             **_row(found.version),
             "base_licence": found.base_licence,
             "aliases": list(found.version.aliases),
+            "parents": _parents(found.version),
             "evaluations": list(found.evaluations),
             "card": found.card,
         }
@@ -261,6 +263,10 @@ def with_place(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _row(version: Version | RemoteVersion) -> Row:
+    made = version.lineage
+    lineage = None
+    if made is not None:
+        lineage = {name: getattr(made, name) for name in ("federation", "round", "rule", "parent_count")}
     return {
         "reference": version.reference,
         "digest": version.digest,
@@ -270,8 +276,13 @@ def _row(version: Version | RemoteVersion) -> Row:
         "state": version.state,
         "created_at": version.created_at,
         "licence": version.licence,
-        "lineage": version.lineage,
+        "lineage": lineage,
     }
+
+
+def _parents(version: Version | RemoteVersion) -> list[str]:
+    """Digests of what it was made of; a row of a list has their number only, as they may be 10,000."""
+    return [] if version.lineage is None else list(version.lineage.parents)
 
 
 def _names(aliases: Mapping[str, int], version: Version) -> list[str]:
@@ -315,6 +326,7 @@ def _bar(words: str) -> Iterator[Progress | None]:
 
 def _read_card(folder: Path) -> str:
     """A folder's README.md, byte for byte; empty where there is none."""
+    from lorafleet.adapters.format import CARD_NAME
     from lorafleet.errors import InvalidInputError
     from lorafleet.registry.cards import LONGEST
 

@@ -212,7 +212,8 @@ def serve(
             cost_model=cost_model,
         )
         engine = stack.enter_context(loaded)
-        _register_base(store, base, engine.base_digest)
+        if registry is not None:
+            _register_base(store, base, engine.base_digest)
         serve_until_signal(Server(engine, store, config, begin=begin))
 
 
@@ -234,15 +235,25 @@ def _tracing(stack: ExitStack, endpoint: str | None) -> Begin:
 
 def _register_base(registry: Registry, base: str, digest: str) -> None:
     """Enter the base that is served, and its modules' shapes, where the registry does not know them: adapters can be
-    made for it then, and are checked when they come."""
+    made for it then, and are checked when they come. One that is known, by whatever name, is not hashed again."""
+    from lorafleet.adapters.base_shapes import base_shapes
+    from lorafleet.assets import base_path
+
     try:
-        known = registry.base(digest).name
+        known = registry.base(digest)
     except NotFoundError:
-        known = ""
-    try:
-        stores.register_base(registry, base, name=known)
-    except AlreadyExistsError as error:
-        _log.warning("%s: adapters for it can be imported on this machine only", error)
+        try:
+            stores.register_base(registry, base)
+        except AlreadyExistsError as error:
+            _log.warning("%s: adapters for it can be imported on this machine only", error)
+        return
+    registry.register_base(
+        known.name,
+        digest,
+        architecture=known.architecture,
+        parameters=known.parameters,
+        shapes=base_shapes(base_path(base)),
+    )
 
 
 def _fill(registry: Registry, base: str, folders: list[tuple[str, str]], token: str | None) -> None:

@@ -54,17 +54,14 @@ def adapter_name(text: str) -> tuple[str, str]:
     return reference.tenant, reference.adapter
 
 
-def register_base(registry: Registry, name_or_path: str, *, name: str = "", licence: str = "") -> Base:
-    """The base's record; the base is registered where it is new, and a licence where there was none.
-
-    ``name``: the one that the registry knows it by, where that is another one than its own.
-    """
+def register_base(registry: Registry, name_or_path: str, *, licence: str = "") -> Base:
+    """The base's record; the base is registered where it is new, and a licence where there was none."""
     from lorafleet.adapters.base_shapes import base_shapes
     from lorafleet.assets import describe_base
 
     found = describe_base(name_or_path)
     return registry.register_base(
-        name or found.name,
+        found.name,
         found.digest,
         architecture=found.architecture,
         parameters=found.parameters,

@@ -74,10 +74,10 @@ class Scheduler:
       the others have had as much.
 
     With one tenant, or among tenants with much the same, none of this holds anything back. Simulated with 2 ms a step
-    and 0.25 ms a sequence (64 at most), half of a share then has a 95th percentile of 1.3 times what it has alone, with
-    two thirds of the tokens in all; with 20 ms a step whatever it holds 1.04 times, with 93 %. With the counters alone
-    it was 7 times, and 1.05 (``tests/engine/test_scheduler_fairness.py``; ``lorafleet bench fairness`` measures the
-    service itself).
+    and 0.25 ms a sequence (64 at most), half of a share then has a 95th percentile of 1.3 times what it has alone, and
+    0.4 of the tokens are computed that a flood alone would have; with 20 ms a step whatever it holds 1.04 times, and
+    0.8. With the counters alone it was 7 times, and 1.05 (``tests/engine/test_scheduler_fairness.py``; ``lorafleet
+    bench fairness`` measures the service itself).
     """
 
     def __init__(

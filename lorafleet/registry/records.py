@@ -72,6 +72,10 @@ class Lineage:
     rule: str
     parents: tuple[str, ...] = ()
 
+    @property
+    def parent_count(self) -> int:
+        return len(self.parents)
+
 
 @dataclass(frozen=True)
 class Version:

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from lorafleet.adapters import LoraAdapter, LoraPair
 from lorafleet.adapters.base_shapes import ModuleShapes, check_fits, check_module_fits
 from lorafleet.adapters.streaming import AdapterReader, Contents
-from lorafleet.errors import BackendError, BaseMismatchError, LorafleetError, NotFoundError, UnavailableError
+from lorafleet.errors import BaseMismatchError, LorafleetError, NotFoundError, UnavailableError
 from lorafleet.registry import (
     aliases,
     audit,
@@ -45,6 +45,7 @@ from lorafleet.registry import (
 )
 from lorafleet.registry.blobs import BlobStore
 from lorafleet.registry.database import Database, bump_revision, parse_url
+from lorafleet.registry.deletions import Deletions
 from lorafleet.registry.records import (
     CHAMPION,
     Adapter,
@@ -92,6 +93,7 @@ class Registry:
 
     def __init__(self, database: Database, blobs: BlobStore, clock: Callable[[], float]) -> None:
         self._database, self._blobs, self._clock = database, blobs, clock
+        self._deletions = Deletions(database, blobs, clock)
         self._pepper: bytes | None = None
 
     @classmethod
@@ -860,8 +862,8 @@ class Registry:
                 leases.check(session, federation.id, token)
                 rounds.drop_factors(session, federation, through, uncounted, keep, some, now)
                 marked = claims.mark(session, some, now)
-            self._delete_all(marked)
-        self._finish_deletions()
+            self._deletions.delete(marked)
+        self._deletions.finish()
 
     def noise_seed(self, round: Round, fresh: bytes, *, token: int | None = None) -> bytes:
         """The secret seed of an open round's noise: ``fresh`` where there was none, and from then on always that one.
@@ -923,11 +925,16 @@ class Registry:
         size_bytes = 0
         old = (blob for blob in self._blobs.stored() if not older_than_s or blob.modified_at <= now - older_than_s)
         while some := {blob.digest: blob.size for blob in islice(old, claims.AT_ONCE)}:
-            gone = self._delete_unreferenced(sorted(some), purged, dry_run=dry_run)
+            with self._database.read() as session:  # so that nothing is locked where all of it is needed
+                # In a dry run, these are as good as purged.
+                ids = [version.id for version in purged if version.digest in some] if dry_run else []
+                gone = claims.unreferenced(session, sorted(some), self._clock(), without_versions=ids)
+            if not dry_run:
+                gone = self._deletions.delete_unneeded(gone)
             deleted += gone
             size_bytes += sum(some[digest] for digest in gone)
         if not dry_run:
-            self._finish_deletions()
+            self._deletions.finish()
             with self._database.write() as session:
                 now = self._clock()
                 claims.forget_expired(session, now)
@@ -941,49 +948,6 @@ class Registry:
                 self._note(session, version.tenant, "version.purge", version.reference, by, digest=version.digest)
                 bump_revision(session)
             return done
-
-    def _delete_unreferenced(self, digests: list[str], purged: Sequence[Version], *, dry_run: bool) -> list[str]:
-        """Those that nothing names, deleted by now unless it is a dry run: then ``purged`` count as purged already."""
-        with self._database.read() as session:
-            ids = [version.id for version in purged if version.digest in digests] if dry_run else []
-            found = claims.unreferenced(session, digests, self._clock(), without_versions=ids)
-        if dry_run or not found:
-            return found
-        return self._delete_all(self._mark(found))
-
-    def _mark(self, digests: Sequence[str]) -> claims.Mark:
-        """Say of those that nothing needs that they are being deleted."""
-        if not digests:
-            return claims.NO_MARK
-        with self._database.write() as session:
-            now = self._clock()
-            claims.begin_deleting(session, digests, now)
-            return claims.mark(session, digests, now)
-
-    def _finish_deletions(self) -> None:
-        """Delete again what others began to delete, and nobody has seen the end of."""
-        with self._database.read() as session:
-            unfinished = claims.unfinished(session, self._clock())
-        self._delete_all(self._mark(unfinished))
-
-    def _delete_all(self, marked: claims.Mark) -> list[str]:
-        """Delete what is marked, outside of transactions; BackendError where some of it stays."""
-        gone: list[str] = []
-        while marked.digests:
-            done = self._blobs.delete(marked.digests)
-            with self._database.write() as session:
-                claims.unmark(session, marked, gone=done.gone, untouched=done.untouched, now=self._clock())
-            gone += done.gone
-            if done.error is None:
-                break
-            if not (done.gone and isinstance(done.error, TimeoutError) and not done.unsure):
-                raise BackendError(
-                    f"{len(gone)} weights were deleted from {self._blobs.name}, and "
-                    f"{len(done.untouched) + len(done.unsure)} could not be ({done.error}); call again"
-                ) from done.error
-            # What was begun in time is gone: the rest has its turn.
-            marked = self._mark(done.untouched)
-        return gone
 
     # Evaluations
 

@@ -30,6 +30,17 @@ def test_a_mixed_load_shows_what_the_base_a_sequence_and_a_token_take() -> None:
         assert cost.seconds(sequences=sequences, tokens=tokens) == pytest.approx(expected, rel=0.15)
 
 
+def test_small_steps_are_known_where_each_further_sequence_costs_less() -> None:
+    """Most are small, and a few as large as they may be: those say little of what a small one takes."""
+    cost, rng = StepCost(), random.Random(3)
+    for _ in range(400):
+        sequences = rng.randint(1, 8) if rng.random() < 0.75 else rng.randint(16, 64)
+        cost.observe(sequences=sequences, tokens=sequences, seconds=5e-3 * sequences**0.5)
+    for sequences in (2, 4, 8):
+        expected = 5e-3 * sequences**0.5
+        assert cost.seconds(sequences=sequences, tokens=sequences) == pytest.approx(expected, rel=0.2)
+
+
 def test_steps_that_are_all_alike_are_taken_for_proportional() -> None:
     cost = learned([(64, 64)] * 400, seconds=(2e-3, 1e-4, 0.0))
     assert cost.seconds(sequences=64, tokens=64) == pytest.approx(8.4e-3, rel=0.05)

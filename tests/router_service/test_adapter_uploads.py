@@ -20,13 +20,13 @@ import pytest
 from lorafleet import adapters_client
 from lorafleet.adapters import LoraAdapter
 from lorafleet.adapters_client import AdapterClient
-from lorafleet.connection import TransfersFullError
 from lorafleet.errors import (
     AdapterFormatError,
     BaseMismatchError,
     DigestMismatchError,
     InvalidInputError,
     OverloadedError,
+    TransfersFullError,
     UnavailableError,
 )
 from lorafleet.proto.registry.v1 import adapters_pb2

@@ -10,11 +10,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
-from lorafleet.adapters.format import CONFIG_NAME, GATES_NAME, WEIGHTS_NAME
+from lorafleet.adapters.format import CARD_NAME, CONFIG_NAME, GATES_NAME, WEIGHTS_NAME
 from lorafleet.errors import InvalidInputError
 from lorafleet.registry import Registry
 from lorafleet.registry.records import Version
-from lorafleet.router_service.adapters.uploads import CARD_NAME
 
 CHUNK_BYTES: Final = 512 * 1024
 

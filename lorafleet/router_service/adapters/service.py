@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Final
 
+from lorafleet.adapters.format import CARD_NAME
 from lorafleet.adapters.streaming import folder_digest
 from lorafleet.errors import BaseMismatchError, InvalidInputError, NotFoundError
 from lorafleet.proto.registry.v1 import adapters_pb2, adapters_pb2_grpc
@@ -18,7 +19,7 @@ from lorafleet.router_service import access
 from lorafleet.router_service.adapters import downloads, messages
 from lorafleet.router_service.adapters.paging import last_before, page_size, token_after
 from lorafleet.router_service.adapters.transfers import Transfer, TransferLimits, Transfers
-from lorafleet.router_service.adapters.uploads import CARD_NAME, Staged, Uploads
+from lorafleet.router_service.adapters.uploads import Staged, Uploads
 from lorafleet.router_service.grpc_blocking import Blocking
 
 _TICK_S: Final = 5.0

@@ -15,12 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from lorafleet.errors import OverloadedError
-
-
-class TransfersFullError(OverloadedError):
-    """As many calls move weights as may at once. Callers know its reason, TRANSFERS_FULL: unlike a full disk it is over
-    when one of these calls ends."""
+from lorafleet.errors import TransfersFullError
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from lorafleet.adapters.format import CONFIG_NAME, GATES_NAME, LARGEST_CONFIG, WEIGHTS_NAME
+from lorafleet.adapters.format import CARD_NAME, CONFIG_NAME, GATES_NAME, LARGEST_CONFIG, WEIGHTS_NAME
 from lorafleet.errors import (
     AlreadyExistsError,
     BackendError,
@@ -44,7 +44,6 @@ from lorafleet.errors import (
 from lorafleet.registry.cards import LONGEST as CARD_BYTES
 from lorafleet.registry.references import not_found
 
-CARD_NAME: Final = "README.md"
 NEEDED: Final = (CONFIG_NAME, WEIGHTS_NAME)
 NAMES: Final = (*NEEDED, GATES_NAME, CARD_NAME)
 """All that an upload may consist of: no name on this disk is a caller's."""

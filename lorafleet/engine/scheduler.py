@@ -21,8 +21,9 @@ LEAD_STEPS: Final = 16
 # In whole steps of tokens, too: what "lately" is. Some 350 requests, so that of twenty tenants that ask for the same
 # none has half as much again; on a small CPU 20 s, too long to wait for where one tenant wants every place.
 WINDOW_STEPS: Final = 64
-# How much longer tenants with many requests may make a step of those with few.
-SLOWDOWN: Final = 1.2
+# How much longer tenants with many requests may make a step of those with few. As these then have more there at a time,
+# and so longer steps again, each of them takes up to 1.5 times as long where a step's cost rises fast.
+SLOWDOWN: Final = 1.15
 # So many steps after one of those with few, a step of the others takes at most so many times as long as one token: who
 # comes back waits for its end. On a CPU (1.2 ms + 0.3 ms a sequence) those are a quarter of 64 sequences, at 85 % of
 # their speed; on a GPU all of them.
@@ -74,7 +75,7 @@ class Scheduler:
       the others have had as much.
 
     With one tenant, or among tenants with much the same, none of this holds anything back. Simulated with 2 ms a step
-    and 0.25 ms a sequence (64 at most), half of a share then has a 95th percentile of 1.3 times what it has alone, and
+    and 0.25 ms a sequence (64 at most), half of a share then has a 95th percentile of 1.2 times what it has alone, and
     0.4 of the tokens are computed that a flood alone would have; with 20 ms a step whatever it holds 1.04 times, and
     0.8. With the counters alone it was 7 times, and 1.05 (``tests/engine/test_scheduler_fairness.py``; ``lorafleet
     bench fairness`` measures the service itself).

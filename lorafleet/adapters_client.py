@@ -27,12 +27,12 @@ from typing import Any, BinaryIO, Final, Literal, Self
 from lorafleet.connection import ClientTls, Connection
 from lorafleet.errors import (
     AlreadyExistsError,
+    CallsFullError,
     DeadlineExceededError,
     DigestMismatchError,
     InvalidInputError,
     LorafleetError,
     NotFoundError,
-    TransfersFullError,
     UnavailableError,
 )
 from lorafleet.proto.registry.v1 import adapters_pb2, adapters_pb2_grpc
@@ -54,7 +54,7 @@ _SENT_AGAIN: Final = 3
 _STARTED: Final = 3
 """Times that an upload is started which others end while it is sent."""
 _OUT_OF_USE: Final = ("retired", "quarantined")
-_PASSING: Final = (UnavailableError, DeadlineExceededError, TransfersFullError)
+_PASSING: Final = (UnavailableError, DeadlineExceededError, CallsFullError)
 """What may be over after a while, without anybody doing anything about it."""
 
 

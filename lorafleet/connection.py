@@ -19,12 +19,12 @@ from grpc_status import rpc_status
 from lorafleet.errors import (
     GRPC_STATUS,
     AdapterFormatError,
+    CallsFullError,
     DeadlineExceededError,
     InvalidInputError,
     LorafleetError,
     PromotionRefusedError,
     QuotaExceededError,
-    TransfersFullError,
     UnavailableError,
 )
 
@@ -119,7 +119,7 @@ _BY_REASON: Mapping[str, type[LorafleetError]] = {
     "ADAPTER_FORMAT": AdapterFormatError,
     "PROMOTION_REFUSED": PromotionRefusedError,
     "QUOTA_EXCEEDED": QuotaExceededError,
-    "TRANSFERS_FULL": TransfersFullError,
+    "CALLS_FULL": CallsFullError,
 }
 _ERRORS = {status: error for error, status in reversed(GRPC_STATUS.items())}
 

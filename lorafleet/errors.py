@@ -17,7 +17,7 @@
     ├── PromotionRefusedError               a candidate that is not measured to be better than what it would replace
     ├── BudgetSpentError                    a privacy budget that the next step would pass
     ├── OverloadedError                     a queue or a pool is full; try again later
-    │   └── TransfersFullError              as many calls move weights as may at once
+    │   └── CallsFullError                  as many calls are here as may be at once
     ├── DeadlineExceededError               a call that took longer than it may
     └── UnavailableError                    a part that is needed does not run or is shutting down
         └── BackendError                    a database or a disk has failed; the message is for the log
@@ -114,8 +114,8 @@ class OverloadedError(LorafleetError):
     """A queue or a pool is full; the same call may succeed later."""
 
 
-class TransfersFullError(OverloadedError):
-    """As many calls move weights as the server takes at once: unlike a full disk, over when one of them ends."""
+class CallsFullError(OverloadedError):
+    """As many calls are here, or move weights, as may at once: unlike a full disk, over when one of them ends."""
 
 
 class DeadlineExceededError(LorafleetError):

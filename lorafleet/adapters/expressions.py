@@ -74,6 +74,7 @@ class Text:
         found = self._classes.get(characters)
         if found is None:
             found = 0
+            self.work.spend(1 + len(characters) // 4)
             for character in characters:
                 found |= self._before.get(character, 0)
             self._classes[characters] = found
@@ -87,7 +88,9 @@ class Text:
         found = self._words.get(word)
         if found is None:
             found, position = 0, self._characters.find(word)
+            self.work.spend(1)
             while position >= 0:
+                self.work.spend(1)
                 found |= 1 << position
                 position = self._characters.find(word, position + 1)
             self._words[word] = found

@@ -39,7 +39,7 @@ LARGEST_CONFIG = 2**20
 """Bytes of a configuration; PEFT writes a few thousand, with a pattern for every module some hundred thousand."""
 LARGEST_WORK = 5_000_000
 """Steps, about 1 s, in which the configuration's patterns are matched with all modules: 1 to 3 a module where keys are
-names, 15 a module and key where they are expressions."""
+names, 15 to 20 a module and key where they are expressions."""
 PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight", re.DOTALL)
 

@@ -35,6 +35,8 @@ class _Table(NamedTuple):
     """The parts of a text of that length that lie between the places"""
     order: dict[Any, int]
     """A name's parts → its place among all keys"""
+    steps: int
+    """How many parts they are"""
 
 
 class _Names:
@@ -61,17 +63,18 @@ class _Names:
                     f"found names with unescaped dots at more than {MOST_TABLES} different places; escape the dots"
                 )
             bounds = zip((0, *(at + 1 for at in wild)), (*wild, len(name)), strict=True)
-            tables[wild] = _Table(itemgetter(*(slice(*each) for each in bounds)), {})
+            tables[wild] = _Table(itemgetter(*(slice(*each) for each in bounds)), {}, 1 + len(wild))
         table = tables[wild]
         table.order.setdefault(table.between(name), place)
 
     def places(self, name: str, work: Work) -> Iterator[int]:
         """Those of the keys that match the whole name, the first of each table."""
         tables = self._tables.get(len(name), {})
-        work.spend(1 + len(tables))
+        work.spend(1)
         if name in self._exact:
             yield self._exact[name]
         for table in tables.values():
+            work.spend(table.steps)
             place = table.order.get(table.between(name))
             if place is not None:
                 yield place

@@ -20,6 +20,7 @@ from lorafleet.adapters import LoraAdapter
 from lorafleet.adapters.base_shapes import ModuleShapes, check_fits
 from lorafleet.adapters.factor_space import norm
 from lorafleet.adapters.frozen import frozen_factor
+from lorafleet.adapters.streaming import Shape, check_size
 from lorafleet.adapters.wire import TrainOrder, UpdateHeader, from_arrays
 from lorafleet.coordinator.transport import one_line
 from lorafleet.errors import BaseMismatchError, InvalidInputError, RejectedUpdateError
@@ -108,6 +109,11 @@ def check_factors(
     limit = order.rank or policy.max_rank
     if residual.rank > limit or head.rank > limit:
         raise RejectedUpdateError("rank", f"found rank {max(residual.rank, head.rank)}, at most {limit} was agreed")
+    try:
+        for path, (a, b) in residual.modules.items():
+            check_size(path, Shape(rank=a.shape[0], d_in=a.shape[1], d_out=b.shape[0]))
+    except InvalidInputError as error:  # no store takes it
+        raise RejectedUpdateError("rank", str(error)) from None
     if residual.digest != head.digest:
         raise RejectedUpdateError(
             "digest", f"the factors have digest {residual.digest[:19]}, the header says {head.digest[:19]}"

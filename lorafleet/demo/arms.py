@@ -203,11 +203,13 @@ def _base(name: str) -> tuple[Any, Any, str]:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from lorafleet.clients.machine import as_dtype
     from lorafleet.clients.trainer import load_base
 
     disable_progress_bar()  # a worker's stderr is the demo's own
     folder = base_path(name)
-    return load_base(folder, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(folder), base_digest(folder)
+    dtype = as_dtype("auto", torch.device("cpu"))  # the members'
+    return load_base(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder), base_digest(folder)
 
 
 def _train_alone(settings: DemoSettings, folders: Sequence[Path], rank: int, steps: int) -> Arrays:

@@ -126,7 +126,7 @@ class FairQueue:
         Light are the one with fewest requests : weight, and each next one that has not far more than the average of
         those before it; and of the others those that have less than ``flood`` requests, and were not served far more
         than these, lately. But for those that had ``lead`` more than the tenant that had least, however few requests
-        they have at a time.
+        they have at a time. ``flood`` is of requests whatever the weight: places are what a step has.
         """
         flows = sorted((flow for flow in self._flows.values() if not flow.held_up), key=lambda flow: flow.demand)
         few = self._with_few(flows)

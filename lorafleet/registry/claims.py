@@ -127,15 +127,16 @@ def forget_expired(session: Session, now: float) -> None:
     _remove(session, BlobClaimRow.expires_at <= now)
 
 
-def mark(session: Session, digests: Collection[str], now: float) -> Mark:
-    """Say of those digests that nothing needs that they are being deleted; after :func:`begin_deleting`.
+def mark(session: Session, digests: Collection[str], now: float, *, marked_at: float) -> Mark:
+    """Say of those digests that nothing needs that they are being deleted; after :func:`begin_deleting`, with its
+    ``now``. It may have waited for a hundred locks since: the mark lasts from ``marked_at`` on.
 
     Marks of others that have ended are taken over, and removed from what is needed again.
     """
     free = unreferenced(session, digests, now)
     session.execute(delete_in_order(BlobDeletionRow, BlobDeletionRow.digest.in_(digests), BlobDeletionRow.until <= now))
     made = Mark(secrets.token_hex(16), tuple(free))
-    session.add_all(BlobDeletionRow(digest=each, token=made.token, until=now + UNSURE_S) for each in sorted(free))
+    session.add_all(BlobDeletionRow(digest=each, token=made.token, until=marked_at + UNSURE_S) for each in sorted(free))
     session.flush()
     return made
 

@@ -60,4 +60,4 @@ class Deletions:
         with self._database.write() as session:
             now = self._clock()
             claims.begin_deleting(session, digests, now)
-            return claims.mark(session, digests, now)
+            return claims.mark(session, digests, now, marked_at=self._clock())

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 from sqlalchemy import Select, func, or_, select
 from sqlalchemy.orm import Session
 
+from lorafleet.adapters.streaming import Shape, check_size
 from lorafleet.errors import AlreadyExistsError, InvalidInputError, RejectedUpdateError
 from lorafleet.registry import aliases, catalog, federations, versions
 from lorafleet.registry.database import insert_if_absent, locked
@@ -125,6 +126,9 @@ def check_update(update: UpdateRecord) -> None:
             f"{what}: found the digest {update.digest!r}, its factors have {update.factors.digest}; they were damaged "
             "on the way, or belong to another update"
         )
+    if update.factors is not None:
+        for path, (a, b) in update.factors.modules.items():  # what could not be read again
+            check_size(path, Shape(rank=a.shape[0], d_in=a.shape[1], d_out=b.shape[0]))
     if update.digest:
         check_digest(what, update.digest)
 

@@ -323,11 +323,20 @@ class Registry:
                 claims.release(session, claim)
             raise
 
-    def versions(self, tenant: str, adapter: str, *, after: int = 0, limit: int | None = None) -> list[Version]:
-        """All of an adapter's, in any state, by number; or those above ``after``, at most ``limit``."""
+    def versions(
+        self,
+        tenant: str,
+        adapter: str,
+        *,
+        after: int = 0,
+        limit: int | None = None,
+        without: Collection[VersionState] = (),
+    ) -> list[Version]:
+        """All of an adapter's by number, in any state but those of ``without``; or those above ``after``, at most
+        ``limit``."""
         with self._database.read() as session:
             found = catalog.adapter(session, tenant, adapter)
-            return versions.of_adapter(session, found, after=after, limit=limit)
+            return versions.of_adapter(session, found, after=after, limit=limit, without=without)
 
     def newest_number(self, tenant: str, adapter: str) -> int:
         """Of an adapter's versions, in any state; 0 where it has none."""
@@ -861,7 +870,7 @@ class Registry:
                 claims.begin_deleting(session, some, now)
                 leases.check(session, federation.id, token)
                 rounds.drop_factors(session, federation, through, uncounted, keep, some, now)
-                marked = claims.mark(session, some, now)
+                marked = claims.mark(session, some, now, marked_at=self._clock())
             self._deletions.delete(marked)
         self._deletions.finish()
 

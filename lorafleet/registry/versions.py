@@ -13,7 +13,7 @@ Usable are staged and evaluated versions. A retired one answers only to who asks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, cast, get_args
 
@@ -107,9 +107,18 @@ def add(
     return _version(row, adapter.tenant, adapter.name, adapter.base_digest)
 
 
-def of_adapter(session: Session, adapter: Adapter, *, after: int = 0, limit: int | None = None) -> list[Version]:
-    """By number: those above ``after``, at most ``limit``."""
+def of_adapter(
+    session: Session,
+    adapter: Adapter,
+    *,
+    after: int = 0,
+    limit: int | None = None,
+    without: Collection[VersionState] = (),
+) -> list[Version]:
+    """By number: those above ``after``, at most ``limit``; ``without`` those in some states."""
     found = _versions().where(VersionRow.adapter_id == adapter.id, VersionRow.number > after)
+    if without:
+        found = found.where(VersionRow.state.not_in(without))
     return _all(session, found.order_by(VersionRow.number).limit(limit))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorafleet.errors import OverloadedError
+from lorafleet.errors import CallsFullError
 
 
 class Shares:
@@ -17,10 +17,10 @@ class Shares:
         """Of tenants that have any."""
 
     def take(self, tenant: str, *, free: int) -> None:
-        """Raises OverloadedError for who has as many calls as are ``free``; else :meth:`give_back` must follow."""
+        """Raises CallsFullError for who has as many calls as are ``free``; else :meth:`give_back` must follow."""
         mine = self._running.get(tenant, 0)
         if mine >= free:
-            raise OverloadedError("too many of your calls are here at once; try again when one has ended")
+            raise CallsFullError("too many of your calls are here at once; try again when one has ended")
         self._running[tenant] = mine + 1
 
     def give_back(self, tenant: str) -> None:

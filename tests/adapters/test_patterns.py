@@ -149,6 +149,19 @@ def test_expressions_that_take_too_long_are_refused(monkeypatch: pytest.MonkeyPa
         read_scalings(dict.fromkeys(PATHS, 4), {"rank_pattern": pattern}, Path("c.json"))
 
 
+WORDS = "(?:b|" + "|".join("a" * length for length in range(1, 50)) + ")x"
+CLASSES = "".join(f"[^{first}{second}]" for first in "bcdefghi" for second in "jklmnopqrst") + "_"
+DOTS = "." * 400 + "x" * 100
+
+
+@pytest.mark.parametrize(("key", "least"), [(WORDS, 15_000), (CLASSES, 1_000), (DOTS, 400)])
+def test_what_a_path_is_searched_for_counts_by_what_is_looked_at(key: str, least: int) -> None:
+    work = Work(10**6)
+    assert ModulePatterns({key: 4}).find("a" * 500, None, work) is None
+    with pytest.raises(InvalidInputError, match="steps"):
+        work.spend(10**6 - least)
+
+
 def test_other_threads_run_while_expressions_are_matched() -> None:
     rounds = 0
     done = threading.Event()

@@ -150,6 +150,13 @@ def test_a_rank_above_the_ordered_one_is_rejected() -> None:
     assert caught.value.reason == "rank"
 
 
+def test_a_module_too_large_to_be_stored_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafleet.adapters.streaming.LARGEST_MODULE", 8)
+    with pytest.raises(RejectedUpdateError, match="expected at most 8") as caught:
+        check()
+    assert caught.value.reason == "rank"
+
+
 def test_factors_other_than_announced_are_rejected() -> None:
     with pytest.raises(RejectedUpdateError) as caught:
         check(adapter(scale=2.0), header=header_for(adapter()))

@@ -212,6 +212,16 @@ def test_words_that_a_database_cannot_hold_do_not_stop_the_journal(registry: Reg
     assert (found.reason, dict(found.metrics)) == ("failed: \ufffd ? é", {"lo\ufffdss": 1.0})
 
 
+def test_an_update_that_could_not_be_read_again_is_not_journalled(
+    registry: Registry, federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round = registry.open_round(federation, 1)
+    monkeypatch.setattr("lorafleet.adapters.streaming.LARGEST_MODULE", 8)
+    with pytest.raises(InvalidInputError, match="expected at most 8; compress"):
+        registry.record_update(round, accepted("key-a", seed=1))
+    assert registry.journal(federation) == []
+
+
 def test_records_that_contradict_themselves_are_refused(registry: Registry, federation: Federation) -> None:
     round = registry.open_round(federation, 1)
     good = accepted("key-a")

@@ -358,7 +358,7 @@ def test_a_mark_that_was_taken_over_is_not_removed_by_who_had_it_before(registry
     def mark(now: float) -> claims.Mark:
         with database.write() as session:
             claims.begin_deleting(session, some, now)
-            return claims.mark(session, some, now)
+            return claims.mark(session, some, now, marked_at=now)
 
     first, second, third = mark(0.0), mark(1.0), mark(claims.UNSURE_S)
     assert (first.digests, second.digests, third.digests) == (tuple(some), (), tuple(some))

@@ -23,10 +23,10 @@ from lorafleet.adapters_client import AdapterClient
 from lorafleet.errors import (
     AdapterFormatError,
     BaseMismatchError,
+    CallsFullError,
     DigestMismatchError,
     InvalidInputError,
     OverloadedError,
-    TransfersFullError,
     UnavailableError,
 )
 from lorafleet.proto.registry.v1 import adapters_pb2
@@ -631,7 +631,7 @@ def test_an_upload_waits_for_a_place_for_minutes_and_no_longer(
             sleep=waits.append,
             draw=lambda: 1.0,
         ) as client,
-        pytest.raises(TransfersFullError, match="calls of this tenant that move weights"),
+        pytest.raises(CallsFullError, match="calls of this tenant that move weights"),
     ):
         client.upload("acme/sql", folder)
     assert 300.0 <= sum(waits) < 310.0

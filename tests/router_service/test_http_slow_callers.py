@@ -64,9 +64,12 @@ def test_one_tenants_bodies_that_do_not_come_leave_room_for_anothers_calls(serve
     keys = [fleet.token(tenant) for tenant in ("acme", "rival")]
     head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {keys[0]}\r\ncontent-length: 9\r\n\r\n"
     with ExitStack() as stack:
-        connections = [stack.enter_context(socket.create_connection((host, int(port)), timeout=30.0)) for _ in range(9)]
-        for connection in connections:
-            connection.sendall(head.encode())
+        connections = []
+        for _ in range(9):
+            connections.append(stack.enter_context(socket.create_connection((host, int(port)), timeout=30.0)))
+            connections[-1].sendall(head.encode())
+            # The server has seen it then: of nine whose keys it had not, it would cut one off.
+            assert httpx.get(f"http://{server.http_address}/health", timeout=30.0).status_code == 200
         refused, _, _ = select.select(connections, [], [], 30.0)  # half of 16 places are its own
         answer = refused[0].recv(65536)
         assert answer.startswith(b"HTTP/1.1 429") and b"too many of your calls" in answer

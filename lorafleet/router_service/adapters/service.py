@@ -13,7 +13,7 @@ from lorafleet.adapters.streaming import folder_digest
 from lorafleet.errors import BaseMismatchError, InvalidInputError, NotFoundError
 from lorafleet.proto.registry.v1 import adapters_pb2, adapters_pb2_grpc
 from lorafleet.registry import Registry, cards
-from lorafleet.registry.records import CHAMPION, Adapter, Key, Version
+from lorafleet.registry.records import CHAMPION, Adapter, Key, Version, VersionState
 from lorafleet.registry.references import Reference, not_found, parse_reference
 from lorafleet.router_service import access
 from lorafleet.router_service.adapters import downloads, messages
@@ -302,13 +302,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         Nothing of the others is left to be seen: pages are cut after this.
         """
-        while found := self._registry.versions(adapter.tenant, adapter.name, after=after, limit=limit):
+        own = adapter.tenant == key.tenant
+        hidden: tuple[VersionState, ...] = () if own else ("quarantined",)
+        while found := self._registry.versions(adapter.tenant, adapter.name, after=after, limit=limit, without=hidden):
             for version in found:
-                if adapter.tenant != key.tenant:
-                    if version.state == "quarantined":
-                        continue
-                    if not self._registry.may_use(key.tenant, version):
-                        return  # made after its last member was revoked, as are those with higher numbers
+                if not own and not self._registry.may_use(key.tenant, version):
+                    return  # made after its last member was revoked, as are those with higher numbers
                 yield version
             if len(found) < limit:
                 return

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from lorafleet.errors import TransfersFullError
+from lorafleet.errors import CallsFullError
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Transfers:
 
     @contextmanager
     def enter(self, tenant: str, cancel: Callable[[], object]) -> Iterator[Transfer]:
-        """Raises TransfersFullError when full; ``cancel`` ends the call where nothing moves."""
+        """Raises CallsFullError when full; ``cancel`` ends the call where nothing moves."""
         transfer = Transfer(cancel, self._clock)
         with self._lock:
             if self._tenants[tenant] >= self._limits.tenant_calls or len(self._running) >= self._limits.calls:
-                raise TransfersFullError(
+                raise CallsFullError(
                     f"found {self._tenants[tenant]} calls of this tenant that move weights and {len(self._running)} in "
                     f"all, expected less than {self._limits.tenant_calls} and {self._limits.calls}; try again later"
                 )

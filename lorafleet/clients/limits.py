@@ -24,7 +24,7 @@ class LocalLimits:
     device: str = "auto"
     """``auto`` (CUDA where there is some), ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: str = "auto"
-    """How the base is held and multiplied; ``auto`` is bfloat16 where the processor multiplies it, else float32."""
+    """How the base is held and multiplied; ``auto`` is bfloat16 where it is the faster one, else float32."""
     micro_batch: int | None = None
     """Sequences that are computed at a time; gradients add up to the whole batch's. Default: all of a batch."""
     checkpointing: bool | None = None

@@ -22,7 +22,7 @@ def as_device(name: str) -> torch.device:
 
 
 def as_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A torch dtype; ``auto`` is bfloat16 where the device has instructions for it."""
+    """A torch dtype; ``auto`` is bfloat16 where it is the faster one."""
     if name == "auto":
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
     dtype = getattr(torch, name)

@@ -81,6 +81,12 @@ def test_a_flood_that_was_never_answered_is_no_flood() -> None:
     assert arm_result("alone", 0, [outcome("OK", 2.0)], [], warm_s=3.0, seconds=10.0).flood_rate == 0.0
 
 
+def test_a_quiet_tenant_that_got_no_answer_alone_is_nothing_to_compare_with() -> None:
+    for quiet in ([], [outcome("DEADLINE_EXCEEDED", 9.0)]):
+        with pytest.raises(UnavailableError, match="--seconds"):
+            arm_result("alone", 0, quiet, [], warm_s=3.0, seconds=10.0)
+
+
 def test_prompts_are_as_long_as_drawn_and_words_change_without_the_lengths() -> None:
     asks = [ask("key", USUAL, random.Random(1), words=random.Random(seed)) for seed in (1, 2)]
     assert len({each.prompt for each in asks}) == 2
@@ -108,7 +114,18 @@ def test_the_record_says_what_was_missed() -> None:
     assert record["ratios"] == [
         {"arm": "long", "throughput": 0.75, "latency": 2.5, "first_token": 2.5, "met": False},
     ]
-    json.dumps(record)
+    json.dumps(record, allow_nan=False)
+
+
+def test_an_arm_without_an_answer_has_missed_and_its_record_is_json() -> None:
+    results = [arm("alone", [1.0] * 4), arm("alike", [])]
+    found = ratios(results)
+    assert not wanted(found)
+    record = make_record(FairnessSettings(compare=False), 40.0, results, found, when=NOON)
+    assert record["ratios"] == [
+        {"arm": "alike", "throughput": 0.0, "latency": None, "first_token": None, "met": False},
+    ]
+    json.dumps(record, allow_nan=False)
 
 
 def test_a_part_of_more_than_the_share_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,7 +167,7 @@ def bench_fairness(
         keys = {tenant: tenants.add(tenant) for tenant in (QUIET, FLOOD)}
     arguments = ["--threads", str(settings.threads)]
     results: list[ArmResult] = []
-    with Service(work / "service", registry=url, blobs=blobs, arguments=arguments) as service:
+    with Service.of(work / "service", registry=url, blobs=blobs, arguments=arguments) as service:
         say("capacity")
         capacity = measure_capacity(service, keys[QUIET], settings)
         rate = capacity / 2 * settings.part

@@ -40,7 +40,11 @@ class Use(NamedTuple):
         return Amount(self.requests, self.prompt_tokens + self.generated_tokens)
 
     def plus(self, other: Use) -> Use:
-        return Use(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return Use(
+            self.requests + other.requests,
+            self.prompt_tokens + other.prompt_tokens,
+            self.generated_tokens + other.generated_tokens,
+        )
 
     def minus(self, other: Use) -> Use:
         return Use(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
@@ -185,6 +189,8 @@ class Account:
             return None
         self._drawn_at = now
         need = self._limited(need)
+        if need == NOTHING:
+            return ()
         quotas.block(self._quota, {}, now, wanted=need, least=need)  # refuses what no window has room for
         self._expire(now)
         missing = self._missing(need)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
-from lorafleet.errors import UnauthenticatedError
+from lorafleet.errors import UnauthenticatedError, UnavailableError
 from lorafleet.registry import Registry
 from lorafleet.registry.records import Key
 
@@ -31,11 +33,24 @@ def bearer_token(values: Sequence[str | bytes]) -> str:
     return token
 
 
+@dataclass(eq=False)
+class _Known:
+    """A key that was right when it was looked up."""
+
+    key: Key
+    looked_at: float
+    """From before the look: what is revoked while it is read is not kept for longer than that."""
+    renewing: bool = False
+    looking: threading.Lock = field(default_factory=threading.Lock)
+    """Held by whoever looks it up again, while others wait for what is found."""
+
+
 class Authenticator:
     """From a token to its key. Thread-safe.
 
-    A key that was right is not looked up again for ``cached_s`` seconds, or until the registry has changed
-    (:meth:`forget`): a revoked key stops working within that time. Tokens are kept as digests. What was wrong is looked
+    A key that was right counts for ``cached_s`` seconds, or until the registry has changed (:meth:`forget`): a revoked
+    key stops working within that time. After half of it one caller looks it up again, and the others go on with what is
+    known, so that a busy tenant's calls do not all wait at once. Tokens are kept as digests. What was wrong is looked
     up every time, so that nobody fills the memory with guesses.
     """
 
@@ -44,32 +59,64 @@ class Authenticator:
     ) -> None:
         self._registry, self._cached_s, self._clock = registry, cached_s, clock
         self._lock = threading.Lock()
-        self._known: OrderedDict[bytes, tuple[Key, float]] = OrderedDict()
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
 
     def key(self, token: str) -> Key:
         """Raises UnauthenticatedError for a token that opens nothing, UnavailableError without the database."""
-        known = self.known(token)
-        if known is not None:
-            return known
-        # From before the look: what is revoked while it is read is not kept for longer than that.
-        until = self._clock() + self._cached_s
-        key = self._registry.authenticate(token)
+        digest = _digest(token)
         with self._lock:
-            self._known[_digest(token)] = (key, until)
-            while len(self._known) > _CACHED_KEYS:
-                self._known.popitem(last=False)
-        return key
+            held = self._known.get(digest)
+        if held is None:
+            return self._look(token, digest)
+        if self._age(held) < 0.5:
+            return held.key
+        with held.looking:
+            with self._lock:
+                held = self._known.get(digest)
+            if held is not None and self._age(held) < 0.5:
+                return held.key
+            try:
+                return self._look(token, digest)
+            except UnavailableError:
+                if held is not None and self._age(held) < 1.0:
+                    return held.key
+                raise
 
     def known(self, token: str) -> Key | None:
         """The key where no look at the database is needed; does not wait."""
         with self._lock:
-            key, until = self._known.get(_digest(token), (None, 0.0))
-        return key if self._clock() < until else None
+            held = self._known.get(_digest(token))
+            if held is None or (age := self._age(held)) >= 1.0:
+                return None
+            if age >= 0.5 and not held.renewing:
+                held.renewing = True  # by this caller, who comes to :meth:`key` now
+                return None
+            return held.key
 
     def forget(self) -> None:
         """Look every key up again: the registry has changed."""
         with self._lock:
-            self._known.clear()
+            for held in self._known.values():
+                held.looked_at = -math.inf
+
+    def _age(self, held: _Known) -> float:
+        """1 once it does not count any more."""
+        return (self._clock() - held.looked_at) / self._cached_s
+
+    def _look(self, token: str, digest: bytes) -> Key:
+        began = self._clock()
+        try:
+            key = self._registry.authenticate(token)
+        except UnauthenticatedError:
+            with self._lock:
+                self._known.pop(digest, None)
+            raise
+        with self._lock:
+            self._known[digest] = _Known(key, began)
+            self._known.move_to_end(digest)
+            while len(self._known) > _CACHED_KEYS:
+                self._known.popitem(last=False)
+        return key
 
 
 def _digest(token: str) -> bytes:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
+from lorafleet.errors import UnavailableError
 from lorafleet.registry import Registry
 from lorafleet.registry.records import Version
 from lorafleet.router_service import access
@@ -52,7 +53,8 @@ class Candidates:
     """Thread-safe.
 
     A look at the registry counts for ``cached_s`` seconds, or until :meth:`forget`: a revoked grant stops working
-    within that time. Then its revision is compared, and all is read again only where that has moved. Pools are kept by
+    within that time. After half of it one caller looks again, while the others go on with what is known. The revision
+    is compared then, and all is read again only where that has moved. Pools are kept by
     what is in them: digests, references and cards; a name that comes to mean another version is another pool's.
     """
 
@@ -72,6 +74,8 @@ class Candidates:
         self._looking = [threading.Lock() for _ in range(_STRIPES)]
         self._making = [threading.Lock() for _ in range(_STRIPES)]
         self._usable: OrderedDict[str, _Usable] = OrderedDict()
+        self._renewing: set[str] = set()
+        """Tenants that one caller looks at again."""
         self._forgotten_at = -math.inf
         self._keys: OrderedDict[str, _Asked] = OrderedDict()
         self._pools: OrderedDict[bytes, Pool] = OrderedDict()
@@ -79,13 +83,26 @@ class Candidates:
 
     def usable(self, tenant: str, *, wait: bool = True) -> tuple[Version, ...]:
         """The live version of each adapter that a tenant may use. Not to ``wait``: WouldWait where it is not known."""
-        held = self._fresh(tenant)
-        if held is not None:
-            return held.versions
+        with self._lock:
+            held = self._usable.get(tenant)
+            age = self._age(held)
+            if held is not None and age < 1.0:
+                if age < 0.5 or (not wait and tenant in self._renewing):
+                    return held.versions
+                self._renewing.add(tenant)  # by this caller, who comes again and waits
         if not wait:
             raise WouldWait
         with self._looking[hash(tenant) % _STRIPES]:
-            return (self._fresh(tenant) or self._look(tenant)).versions
+            with self._lock:
+                held = self._usable.get(tenant)
+            if held is not None and self._age(held) < 0.5:
+                return held.versions
+            try:
+                return self._look(tenant).versions
+            except UnavailableError:
+                if held is not None and self._age(held) < 1.0:
+                    return held.versions
+                raise
 
     def pool(self, tenant: str, versions: Sequence[Version], *, wait: bool = True) -> Pool:
         """What a router chooses among; of versions with the same weights the first one stands for all.
@@ -122,22 +139,25 @@ class Candidates:
         """Look at the registry again: it has changed."""
         self._forgotten_at = self._clock()
 
-    def _fresh(self, tenant: str) -> _Usable | None:
-        with self._lock:
-            held = self._usable.get(tenant)
-        if held is None or held.looked_at <= self._forgotten_at or self._clock() >= held.looked_at + self._cached_s:
-            return None
-        return held
+    def _age(self, held: _Usable | None) -> float:
+        """1 once a look does not count any more."""
+        if held is None or held.looked_at <= self._forgotten_at:
+            return 1.0
+        return (self._clock() - held.looked_at) / self._cached_s
 
     def _look(self, tenant: str) -> _Usable:
         # From before the look: what is revoked while it is read is not kept for longer than that.
         began = self._clock()
         with self._lock:
             held = self._usable.get(tenant)
-        revision = self._registry.revision()
-        if held is None or held.revision != revision:
-            versions = tuple(access.usable(self._registry, tenant, base_digest=self._base_digest))
-            held = _Usable(versions, revision, began)
+        try:
+            revision = self._registry.revision()
+            if held is None or held.revision != revision:
+                versions = tuple(access.usable(self._registry, tenant, base_digest=self._base_digest))
+                held = _Usable(versions, revision, began)
+        finally:
+            with self._lock:
+                self._renewing.discard(tenant)
         held = held._replace(looked_at=began)
         with self._lock:
             self._usable[tenant] = held

@@ -314,10 +314,11 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
 
     def _for_callers(self, method: str, needed: str | None, answer: _Answer) -> _Handle:
         async def checked(_requests: object, context: grpc.aio.ServicerContext) -> Any:
-            trail, answered = grpc_trails.begun(method, context, self._begin), False
+            metadata, answered = context.invocation_metadata(), False
+            trail = grpc_trails.begun(method, metadata, self._begin)
             try:
                 with trail.step("authenticate"):
-                    key = await self._key(context)
+                    key = await self._key(metadata)
                 trail.key_id = key.key_id
                 if needed is not None:
                     require_scope(key, needed)
@@ -337,8 +338,8 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
 
         return checked
 
-    async def _key(self, context: grpc.aio.ServicerContext) -> Key:
-        token = bearer_token([value for name, value in context.invocation_metadata() if name == HEADER])
+    async def _key(self, metadata: Iterable[tuple[str, str | bytes]]) -> Key:
+        token = bearer_token([value for name, value in metadata if name == HEADER])
         known = self._authenticator.known(token)
         return await self._lookups.run(self._authenticator.key, token) if known is None else known
 

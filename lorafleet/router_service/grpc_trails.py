@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import grpc
@@ -15,9 +16,9 @@ _FAILED: Final = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "IN
 _NUMBERS: Final = {code.name: code.value[0] for code in grpc.StatusCode}
 
 
-def begun(method: str, context: grpc.aio.ServicerContext, begin: Begin) -> Trail:
+def begun(method: str, metadata: Iterable[tuple[str, str | bytes]], begin: Begin) -> Trail:
     """That of a call of ``package.Service/Method``, in whose task this is; :func:`end` must follow."""
-    headers = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
+    headers = {name: value for name, value in metadata if isinstance(value, str)}
     request_id = sane_request_id(headers.get(REQUEST_ID, ""))
     service, _, name = method.rpartition("/")
     attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name, "lorafleet.request_id": request_id}

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final, Literal, TextIO
 
 from lorafleet.router_service.trail import Trail, current_trail
@@ -27,6 +29,8 @@ def set_up(stream: TextIO, *, form: Form, level: str | None) -> None:
 
     ``level`` is the package's own (None: as it is); that of other libraries stays. For the entry point of a process.
     """
+    # A line tells none of these, and every record would look them up.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     for handler in list(root.handlers):
         if type(handler) is logging.StreamHandler:
@@ -82,7 +86,14 @@ def _call(record: logging.LogRecord) -> dict[str, str]:
 
 
 def _time(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    seconds = math.floor(record.created)
+    return f"{_second(seconds)}.{math.floor(1000 * (record.created - seconds)):03}Z"
+
+
+@lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    """Most lines are of the second of the line before."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _message(record: logging.LogRecord) -> str:

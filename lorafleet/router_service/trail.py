@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -75,7 +75,7 @@ def untraced(name: str, headers: Mapping[str, str], attributes: Attributes) -> S
 
 def sane_request_id(given: str) -> str:
     """The caller's own id where it is one, else a new one."""
-    return given if _SANE.fullmatch(given) else uuid.uuid4().hex
+    return given if _SANE.fullmatch(given) else secrets.token_hex(16)
 
 
 class Trail:
@@ -147,12 +147,12 @@ class Trail:
             }
             if self.failure:
                 facts["failure"] = self.failure
-            _calls.log(
-                self._level,
-                "%s %s%s in %.3f s, %d + %d tokens",
-                self.method, status, f" {self.failure}" if self.failure else "", now - self._began, prompt, generated,
-                extra={"trail": self, "facts": facts},
-            )  # fmt: skip
+            failure = f" {self.failure}" if self.failure else ""
+            message = "%s %s%s in %.3f s, %d + %d tokens"
+            values = (self.method, status, failure, now - self._began, prompt, generated)
+            extra = {"trail": self, "facts": facts}
+            # Not ``log``, which walks the stack for the line that called it: it is always this one.
+            _calls.handle(_calls.makeRecord(_calls.name, self._level, __file__, 0, message, values, None, extra=extra))
         for number, (ticket, _) in enumerate(tickets):
             self._tell_times(ticket, number, now)
         usage = {"gen_ai.usage.input_tokens": prompt, "gen_ai.usage.output_tokens": generated} if tickets else {}

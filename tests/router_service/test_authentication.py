@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from lorafleet.errors import UnauthenticatedError
+from lorafleet.errors import UnauthenticatedError, UnavailableError
 from lorafleet.registry import Registry
+from lorafleet.registry.records import Key
 from lorafleet.router_service.authentication import Authenticator, bearer_token
 
 
@@ -23,17 +26,79 @@ def registry(tmp_path: Path) -> Registry:
     return opened
 
 
-def test_a_key_that_was_right_is_not_looked_up_again_for_half_a_second(registry: Registry) -> None:
+def test_a_key_that_was_right_counts_for_half_a_second_at_most(registry: Registry) -> None:
     clock = Clock()
     authenticator = Authenticator(registry, clock=clock)
     issued = registry.create_key("acme")
     assert authenticator.known(issued.token) is None
     assert authenticator.key(issued.token) == issued.key
     registry.revoke_key("acme", issued.key.key_id)
-    clock.now += 0.49
+    clock.now += 0.24
     assert authenticator.known(issued.token) == issued.key == authenticator.key(issued.token)
+    clock.now += 0.25
+    authenticator.known(issued.token)  # whoever is to look it up again, and does not
+    assert authenticator.known(issued.token) == issued.key
     clock.now += 0.02
+    assert authenticator.known(issued.token) is None
     with pytest.raises(UnauthenticatedError):
+        authenticator.key(issued.token)
+    assert authenticator.known(issued.token) is None
+
+
+def test_one_caller_looks_a_known_key_up_again_and_the_others_go_on(registry: Registry) -> None:
+    clock = Clock()
+    authenticator = Authenticator(registry, clock=clock)
+    issued = registry.create_key("acme")
+    authenticator.key(issued.token)
+    clock.now += 0.3
+    assert [authenticator.known(issued.token) for _ in range(3)] == [None, issued.key, issued.key]
+    assert authenticator.key(issued.token) == issued.key
+    clock.now += 0.3
+    assert [authenticator.known(issued.token) for _ in range(2)] == [None, issued.key]
+    clock.now += 0.3
+    assert authenticator.known(issued.token) is None, "nobody looked"
+
+
+def test_many_who_come_with_a_key_that_is_due_look_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    authenticator = Authenticator(registry, clock=clock)
+    issued = registry.create_key("acme")
+    authenticator.key(issued.token)
+    clock.now += 0.6
+    looked, go, began = [], threading.Event(), threading.Event()
+    look = registry.authenticate
+
+    def slow(token: str) -> Key:
+        looked.append(token)
+        began.set()
+        assert go.wait(30)
+        return look(token)
+
+    monkeypatch.setattr(registry, "authenticate", slow)
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(authenticator.key, issued.token) for _ in range(8)]
+        assert began.wait(30)
+        go.set()
+        assert [each.result(30) for each in found] == [issued.key] * 8
+    assert len(looked) == 1
+
+
+def test_a_database_that_is_away_while_a_key_still_counts_refuses_nobody(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    authenticator = Authenticator(registry, clock=clock)
+    issued = registry.create_key("acme")
+    authenticator.key(issued.token)
+
+    def away(_token: str) -> Key:
+        raise UnavailableError("the database is away")
+
+    monkeypatch.setattr(registry, "authenticate", away)
+    clock.now += 0.4
+    assert authenticator.key(issued.token) == issued.key
+    clock.now += 0.2
+    with pytest.raises(UnavailableError):
         authenticator.key(issued.token)
 
 

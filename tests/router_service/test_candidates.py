@@ -12,10 +12,12 @@ import pytest
 import sqlalchemy
 from sqlalchemy import event
 
+from lorafleet.errors import UnavailableError
 from lorafleet.registry import Registry, Version
 from lorafleet.router_service import candidates as module
 from lorafleet.router_service.candidates import CACHED_S, Candidates
 from lorafleet.router_service.routers import Pool
+from lorafleet.router_service.waiting import WouldWait
 from tests.registry.conftest import BASE_DIGEST, Clock, make_adapter
 
 
@@ -53,14 +55,50 @@ def test_a_change_is_seen_after_half_a_second_or_when_the_watcher_tells(
     add(registry, 1)
     assert numbers(candidates) == [1]
     add(registry, 2)
-    clock.now += 0.9 * CACHED_S
+    clock.now += 0.4 * CACHED_S
     assert numbers(candidates) == [1]
-    clock.now += 0.1 * CACHED_S
+    clock.now += 0.6 * CACHED_S
     assert numbers(candidates) == [2]
     add(registry, 3)
     candidates.forget()
     clock.now += 0.001
     assert numbers(candidates) == [3]
+
+
+def test_one_who_does_not_wait_is_sent_to_look_again_and_the_others_go_on(
+    registry: Registry, candidates: Candidates, clock: Clock
+) -> None:
+    add(registry, 1)
+    assert numbers(candidates) == [1]
+    add(registry, 2)
+    clock.now += 0.6 * CACHED_S
+    with pytest.raises(WouldWait):
+        candidates.usable("acme", wait=False)
+    assert [version.number for version in candidates.usable("acme", wait=False)] == [1]
+    assert numbers(candidates) == [2]
+    assert [version.number for version in candidates.usable("acme", wait=False)] == [2]
+    clock.now += 0.6 * CACHED_S
+    for _ in range(2):  # whoever is sent and does not come leaves it to all once nothing counts any more
+        with pytest.raises(WouldWait):
+            candidates.usable("acme", wait=False)
+        clock.now += 0.5 * CACHED_S
+
+
+def test_a_database_that_is_away_while_a_look_still_counts_fails_nobody(
+    registry: Registry, candidates: Candidates, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(registry, 1)
+    assert numbers(candidates) == [1]
+
+    def away() -> int:
+        raise UnavailableError("the database is away")
+
+    monkeypatch.setattr(registry, "revision", away)
+    clock.now += 0.8 * CACHED_S
+    assert numbers(candidates) == [1]
+    clock.now += 0.2 * CACHED_S
+    with pytest.raises(UnavailableError):
+        candidates.usable("acme")
 
 
 def test_a_revoked_grant_ends_with_what_is_kept(registry: Registry, candidates: Candidates, clock: Clock) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from lorafleet.errors import InvalidInputError
 from lorafleet.router_service.routers import BASE, ROUTERS, Candidate, Pool
@@ -54,6 +55,10 @@ def no_model(_prompt: Sequence[int], _mixes: Sequence[Mapping[str, float]]) -> l
 # The maths
 
 
+def letters(keys: NDArray[np.uint64]) -> list[str]:
+    return [int(key).to_bytes(8, "little").decode("utf-16-le") for key in keys]
+
+
 def test_the_score_is_that_of_the_formula() -> None:
     """By hand, for a word that one of two documents has twice; the texts have no letters for pieces."""
     index = Index([Document("", "a b a"), Document("", "b c d e f")])
@@ -66,8 +71,8 @@ def test_the_score_is_that_of_the_formula() -> None:
 
 def test_pieces_cross_the_borders_of_a_word_and_not_those_of_another() -> None:
     assert words("Größe::MAX_2") == ["grösse", "max", "2"]
-    assert pieces("joins") == [" joi", "join", "oins", "ins "]
-    assert pieces("by") == []
+    assert letters(pieces(["joins", "by", "sea"])) == [" joi", "join", "oins", "ins ", " sea", "sea "]
+    assert letters(pieces(["by", ""])) == letters(pieces([])) == []
     index = Index([Document("", "joined"), Document("", "deleted")])
     joins = index.match("joins").scores
     assert joins[0] > 0 == joins[1]
@@ -93,6 +98,39 @@ def test_no_document_scores_more_than_there_is_to_be_known(cards: list[str], tex
     assert match.scores.shape == (len(cards),)
     assert np.isfinite(match.scores).all() and (match.scores >= 0).all()
     assert (match.scores <= match.most + 1e-9).all()
+
+
+LETTERS = st.characters(codec="utf-16", categories=["L", "N", "P", "Z"], max_codepoint=0xFFFF)
+SENTENCES = st.lists(st.sampled_from(["join", "joins", "joint", "ab", "a", "Größe", "x9", "sea", "seas", "the"])).map(
+    " ".join
+)
+
+
+@given(st.lists(SENTENCES | st.text(LETTERS, max_size=40), max_size=7), SENTENCES | st.text(LETTERS, max_size=40))
+def test_scores_are_those_of_the_formula_term_by_term(cards: list[str], text: str) -> None:
+    """As it is written, over words and pieces that are strings."""
+
+    def terms(text: str) -> list[tuple[str, float]]:
+        said = words(text)
+        bordered = [f" {word} " for word in said if len(word) >= 3]
+        return [(word, 1.0) for word in said] + [
+            (one[start : start + 4] + "…", 0.25) for one in bordered for start in range(len(one) - 3)
+        ]
+
+    documents = [terms(f"the name {number}") * 3 + terms(card) for number, card in enumerate(cards)]
+    mean = sum(map(len, documents)) / max(1, len(cards))
+    scores, most = [0.0] * len(cards), 0.0
+    for term in sorted(set(terms(text))):
+        counts = [document.count(term) for document in documents]
+        having = sum(count > 0 for count in counts)
+        if len(cards) >= 4 and having > len(cards) / 2:
+            continue
+        weight = term[1] * math.log(1 + (len(cards) - having + 0.5) / (having + 0.5))
+        most += weight
+        for number, (count, document) in enumerate(zip(counts, documents, strict=True)):
+            scores[number] += weight * count / (count + K1 * (1 - B + B * len(document) / mean))
+    match = Index([Document(f"the name {number}", card) for number, card in enumerate(cards)]).match(text)
+    assert match.scores.tolist() == pytest.approx(scores) and match.most == pytest.approx(most)
 
 
 @given(st.integers(1, 100), st.integers(1, 100))

@@ -2,7 +2,7 @@
 
 ::
 
-    with Service(work, registry=url, blobs=folder, arguments=["--threads", "1"]) as service:
+    with Service.of(work, registry=url, blobs=folder, arguments=["--threads", "1"]) as service:
         asks = [Ask(key=key, prompt="SELECT ", model="acme/sql", at_s=at) for at in poisson(20.0, 30.0, rng)]
         outcomes = service.ask(asks)                       # open loop: every ask at its time
         outcomes = service.ask(asks, callers=16)           # closed loop: 16 callers that wait for their answers
@@ -56,24 +56,30 @@ class MemorySample(NamedTuple):
 
 
 class Service:
-    """``lorafleet serve`` in a process of its own; entering the block starts it, leaving it ends it."""
+    """A server in a process of its own; entering the block starts it, leaving it ends it."""
 
-    def __init__(self, folder: Path, *, registry: str, blobs: Path, arguments: Sequence[str] = ()) -> None:
-        """``folder`` is for logs and what callers are told; ``arguments`` are further ones of ``serve``."""
-        self._folder, self._registry, self._blobs, self._arguments = folder, registry, blobs, list(arguments)
+    def __init__(self, folder: Path, command: Sequence[str]) -> None:
+        """``folder`` is for logs and what callers are told; ``command`` begins a server that says where it listens, as
+        :meth:`of` and :mod:`.bare` do."""
+        self._folder, self._command = folder, list(command)
         self._processes = Processes(folder / "logs")
         self._runs = 0
         self.grpc = self.http = ""
         """``HOST:PORT`` of each door, once it is started."""
         self.pid = 0
 
-    def __enter__(self) -> Self:
+    @classmethod
+    def of(cls, folder: Path, *, registry: str, blobs: Path, arguments: Sequence[str] = ()) -> Self:
+        """``lorafleet serve``, with further arguments."""
         command = [
-            script("lorafleet"), "serve", "--base", BASE, "--registry", self._registry, "--blobs", str(self._blobs),
-            "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", *self._arguments,
+            script("lorafleet"), "serve", "--base", BASE, "--registry", registry, "--blobs", str(blobs),
+            "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", *arguments,
         ]  # fmt: skip
+        return cls(folder, command)
+
+    def __enter__(self) -> Self:
         try:
-            process = self._processes.start("service", command, environment=_environment())
+            process = self._processes.start("service", self._command, environment=_environment())
             pattern = r"listening grpc=(\S+:\d+) http=(\S+:\d+)"
             found = wait_for_line(self._processes.log("service"), pattern, process, "service")
         except BaseException:

@@ -203,7 +203,7 @@ def bench_isolation(
             registry, adapters, make, a_second=settings.changes_a_second, rng=random.Random(f"{settings.seed}/churn")
         )
         arguments = ["--dtype", "float32", "--threads", str(threads), "--adapter-mb", str(settings.adapter_mb)]
-        with Service(work, registry=registry_url, blobs=work / "blobs", arguments=arguments) as service:
+        with Service.of(work, registry=registry_url, blobs=work / "blobs", arguments=arguments) as service:
             say(f"{settings.requests} requests")
             started = service.start([each.ask for each in planned], callers=settings.callers, keep_answers=True)
             outcomes = started.outcomes(meanwhile=churn.turn)

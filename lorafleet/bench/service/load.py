@@ -106,7 +106,9 @@ def bench_load(
     def arriving(rate: float, seconds: float) -> list[Ask]:
         return [ask(settings, tenants.keys, rng, at_s=at_s) for at_s in poisson(rate, seconds, rng)]
 
-    with Service(work, registry=registry_url, blobs=work / "blobs", arguments=["--threads", str(threads)]) as service:
+    with Service.of(
+        work, registry=registry_url, blobs=work / "blobs", arguments=["--threads", str(threads)]
+    ) as service:
         say(f"capacity, {settings.capacity_s:.0f} s")
         some = [ask(settings, tenants.keys, rng) for _ in range(int(2000 * settings.capacity_s))]
         full = service.ask(some, callers=settings.callers, seconds=settings.capacity_s, timeout_s=TIMEOUT_S)

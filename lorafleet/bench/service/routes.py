@@ -2,12 +2,14 @@
 
 Each adapter has a model card of its own topic; each text is about one of them, and none is asked twice. Callers who
 wait for their answers tell how many a second there can be; calls that come at random, at the wanted rate, tell how long
-they take when nobody waits for them.
+they take when nobody waits for them. Beside routers that do not run the model, the same callers ask a server that does
+nothing (:mod:`.bare`): more than that no route can be.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,9 +105,14 @@ def bench_routes(
     phases = []
     for router in settings.routers:
         arguments = ["--threads", str(threads), "--router", router]
-        with Service(work / router, registry=registry_url, blobs=work / "blobs", arguments=arguments) as service:
+        with Service.of(work / router, registry=registry_url, blobs=work / "blobs", arguments=arguments) as service:
             say(f"{router}: {settings.callers} callers, {settings.seconds:g} s")
             phases.append(_phases(settings, router, service, key, about, named, say))
+    bare = None
+    if any(not ROUTERS[router].runs_model for router in settings.routers):
+        with Service(work / "bare", [sys.executable, "-m", "lorafleet.bench.service.bare"]) as service:
+            say(f"a server that does nothing: {settings.callers} callers, {settings.seconds:g} s")
+            bare = _bare(settings, service, key, about)
     record = {
         found.router: {
             "runs_model": ROUTERS[found.router].runs_model,
@@ -123,7 +130,26 @@ def bench_routes(
         }
         for found in phases
     }
-    return record, [verdict for found in phases for verdict in verdicts(found, settings.seconds)]
+    made = [verdict for found in phases for verdict in verdicts(found, settings.seconds)]
+    if bare is not None:
+        record["bare"] = bare
+        figure = "a server that does nothing: routes a second"
+        made.append(Verdict(SCENARIO, figure, bare["per_s"], "for comparison", met=True))
+    return record, made
+
+
+def _bare(settings: RouteSettings, service: Service, key: str, about: Sequence[Topic]) -> dict[str, Any]:
+    """What callers who wait get of a server that does nothing."""
+    rng = random.Random(f"{settings.seed}/texts")
+    count = int(5 * WANTED_PER_S[False] * settings.seconds)
+    asks = [Ask(key=key, prompt=text, door="route") for text, _ in texts(settings, about, count, rng)]
+    before_s = service.cpu_s()
+    outcomes = service.ask(asks, callers=settings.callers, seconds=settings.seconds)
+    return {
+        "per_s": per_s(outcomes, settings.seconds),
+        "latency_s": _latencies(outcomes),
+        "server_cpu_s_a_call": (service.cpu_s() - before_s) / max(1, len(outcomes)),
+    }
 
 
 def _phases(

@@ -71,7 +71,9 @@ def bench_timing(
     rng = random.Random(f"{settings.seed}/texts")
     record: dict[str, Any] = {}
     areas = []
-    with Service(work, registry=registry_url, blobs=work / "blobs", arguments=["--threads", str(threads)]) as service:
+    with Service.of(
+        work, registry=registry_url, blobs=work / "blobs", arguments=["--threads", str(threads)]
+    ) as service:
         runs = (("control", victim, settings.control_probes), ("another_tenant", prober, settings.probes))
         for name, key, probes in runs:
             say(f"{probes} probes: {name.replace('_', ' ')}")

@@ -67,9 +67,9 @@ def by_cards(text: str, pool: Pool) -> Route:
 
 def best_of(match: Match, *, most: int) -> list[tuple[int, float]]:
     """Number and score of the candidates that share anything with the text, best first; of equal ones the first."""
-    numbers = np.flatnonzero(match.scores > 0)
-    numbers = numbers[np.argsort(-match.scores[numbers], kind="stable")][:most]
-    return list(zip(numbers.tolist(), match.scores[numbers].tolist(), strict=True))
+    numbers = np.argsort(-match.scores, kind="stable")[:most]
+    best = zip(numbers.tolist(), match.scores.take(numbers).tolist(), strict=True)
+    return [(number, score) for number, score in best if score > 0]
 
 
 def reason_in_words(scored: Sequence[Scored], pool: Pool, said: Sequence[str]) -> str:

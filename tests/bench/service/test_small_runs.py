@@ -35,3 +35,16 @@ def test_answers_of_a_few_tenants_are_those_of_isolated_runs_while_adapters_chan
     assert found["right"] + found["not_there"] + found["foreign_refused"] == 80
     assert found["foreign_refused"] == found["kinds"]["foreign"] > 0
     assert found["changes"] and found["digests_used"] > 6
+
+
+def test_a_route_by_cards_is_measured_beside_a_server_that_does_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = ["--scenario", "route", "--routers", "cards", "--adapters", "5", "--route-seconds", "2"]
+    record = bench(capsys, tmp_path, *arguments, "--callers", "4")
+    cards, bare = record["results"]["route"]["cards"], record["results"]["route"]["bare"]
+    assert cards["right"] > 0.9 and set(cards["statuses"]) == {"OK"}
+    assert bare["per_s"] > cards["per_s"] > 0
+    assert 0 < bare["server_cpu_s_a_call"] < cards["server_cpu_s_a_call"]
+    (verdict,) = [verdict for verdict in record["verdicts"] if "does nothing" in verdict["figure"]]
+    assert verdict["found"] == bare["per_s"] and verdict["met"]

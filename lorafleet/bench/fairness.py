@@ -26,7 +26,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from lorafleet.assets import base_path
 from lorafleet.bench.machine import commit, cpu_device, versions
-from lorafleet.bench.record import append, head
+from lorafleet.bench.record import append, head, plain
 from lorafleet.bench.service.asks import Ask, Outcome, poisson
 from lorafleet.bench.service.harness import Service, Tenants
 from lorafleet.errors import InvalidInputError, UnavailableError
@@ -319,15 +319,8 @@ def make_record(
             for result in results
         ],
         "wanted": {"throughput": WANTED_THROUGHPUT, "latency": WANTED_RATIO, "first_token": WANTED_RATIO},
-        "ratios": [
-            {**{name: _plain(value) for name, value in ratio._asdict().items()}, "met": ratio.met} for ratio in found
-        ],
+        "ratios": [{**plain(ratio._asdict()), "met": ratio.met} for ratio in found],
     }
-
-
-def _plain(value: float | str) -> float | str | None:
-    """None for what is infinite, which JSON has no word for."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def command_line(settings: FairnessSettings) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -93,8 +94,17 @@ def file_name(record: Mapping[str, Any]) -> str:
     return f"{record['date'][:10]}-{record['shape']['name']}-{record['device']['kind']}.json"
 
 
+def plain(value: Any) -> Any:
+    """The same with None for numbers that JSON has no word for: what was never answered took NaN or infinitely long."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def append(record: Mapping[str, Any], folder: Path) -> Path:
-    """Add a record to the list in its file, which is made where it is new; the file that it is in.
+    """Add a record, as :func:`plain` has it, to the list in its file, which is made where it is new; that file.
 
     Raises InvalidInputError where the file holds something else.
     """
@@ -109,6 +119,6 @@ def append(record: Mapping[str, Any], folder: Path) -> Path:
         if not isinstance(records, list):
             raise InvalidInputError(f"{file} is no list of records, expected one to append to; move it away")
     part = file.with_suffix(".json.part")
-    part.write_text(json.dumps([*records, record], indent=1, ensure_ascii=False) + "\n")
+    part.write_text(json.dumps([*records, plain(record)], indent=1, ensure_ascii=False) + "\n")
     part.replace(file)
     return file

@@ -33,7 +33,7 @@ def service(
     routers: Annotated[
         str, typer.Option(metavar="NAME,…", help="route: those that are measured.")
     ] = "cards,cards+likelihood,likelihood",
-    route_seconds: Annotated[float, typer.Option(min=1.0, help="route: of each of a router's two phases.")] = 10.0,
+    route_seconds: Annotated[float, typer.Option(min=1.0, help="route: of each of a router's three phases.")] = 10.0,
     callers: Annotated[int, typer.Option(min=1, help="route: who wait for their answers.")] = 16,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 1,
     work: Annotated[

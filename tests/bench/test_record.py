@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from lorafleet.bench.engine import command_line
 from lorafleet.bench.floor import Work
 from lorafleet.bench.machine import Commit, commit, cpu_name, versions
-from lorafleet.bench.record import append, file_name, make_record
+from lorafleet.bench.record import append, file_name, make_record, plain
 from lorafleet.bench.results import RowResult
 from lorafleet.bench.rows import ROWS, select
 from lorafleet.bench.run import Settings
@@ -93,6 +94,15 @@ def test_a_file_that_holds_something_else_is_left_alone(tmp_path: Path, text: st
     with pytest.raises(InvalidInputError, match="expected one to append to"):
         append(record(), tmp_path)
     assert file.read_text() == text
+
+
+def test_numbers_that_json_has_no_word_for_are_null(tmp_path: Path) -> None:
+    found = {"latency": math.nan, "arms": [{"p95": math.inf, "name": "long"}, (1.5, -math.inf)], "of": 3, "met": False}
+    wanted = {"latency": None, "arms": [{"p95": None, "name": "long"}, [1.5, None]], "of": 3, "met": False}
+    assert plain(found) == plain(plain(found)) == wanted
+    file = append({**record(), "results": found}, tmp_path)
+    (kept,) = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert kept["results"] == wanted
 
 
 def test_the_table_has_a_line_a_measured_row_and_a_note_for_the_others() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorafleet.bench.machine import commit, cpu_device, versions
-from lorafleet.bench.record import append, head
+from lorafleet.bench.record import append, head, plain
 from lorafleet.bench.service.figures import Verdict
 from lorafleet.bench.service.isolation import IsolationSettings, bench_isolation
 from lorafleet.bench.service.load import LoadSettings, bench_load
@@ -109,7 +109,7 @@ def bench_service(
             made = bench_routes(settings.route, work=folder, registry_url=url, threads=settings.threads, say=progress)
         results[name], verdicts = made
         found += verdicts
-    record = {
+    record = plain({
         **head(
             "service", when=when, command=command_line(settings), shape={"name": "service"},
             device=cpu_device(settings.threads), versions=versions(), commit=commit(),
@@ -118,5 +118,5 @@ def bench_service(
         "settings": {name: asdict(getattr(settings, name)) for name in settings.scenarios},
         "results": results,
         "verdicts": [verdict._asdict() for verdict in found],
-    }  # fmt: skip
+    })  # fmt: skip
     return ServiceBenchmark(record, append(record, out), found)

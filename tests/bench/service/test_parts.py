@@ -233,11 +233,13 @@ def test_topics_have_words_of_their_own_and_texts_are_about_one_of_them() -> Non
 
 def test_a_router_without_a_model_has_a_rate_and_a_latency_to_meet() -> None:
     fast = [outcome(at_s=0.0, ended_s=0.001)] * 15_000
-    found = routes.Phases("cards", fast, fast, 1e-4, 1.0)
+    found = routes.Phases("cards", fast, fast, fast, 1e-4, 1.0)
     assert all(verdict.met for verdict in routes.verdicts(found, 10.0))
-    slow = found._replace(arriving=[*fast[:14_000], *[outcome(ended_s=0.02)] * 1000])
-    assert [verdict.met for verdict in routes.verdicts(slow, 10.0)] == [True, False, True, True]
-    few = routes.Phases("likelihood", fast[:999], [], 1e-4, 0.0)
+    slow = [*fast[:14_000], *[outcome(ended_s=0.02)] * 1000]
+    for late, missed in (({"halved": slow}, 1), ({"arriving": slow}, 2)):
+        met = [verdict.met for verdict in routes.verdicts(found._replace(**late), 10.0)]
+        assert met == [number != missed for number in range(5)]
+    few = routes.Phases("likelihood", fast[:999], [], [], 1e-4, 0.0)
     assert [verdict.met for verdict in routes.verdicts(few, 10.0)] == [False, True]
 
 

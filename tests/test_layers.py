@@ -31,7 +31,7 @@ PARTS = {
     "registry": {"adapters"},
     "clients": {"adapters", "flower_commands", "stopping"},
     "coordinator": {"adapters", "registry", "flower_commands", "stopping"},
-    "router_service": {"engine", "adapters", "registry", "proto"},
+    "router_service": {"engine", "adapters", "native", "registry", "proto"},
     "connection": set(),
     "api_client": {"connection", "proto"},
     "adapters_client": {"adapters", "connection", "proto"},

@@ -1,10 +1,11 @@
-"""Kernels in C++ for processors with a matrix unit (AMX), in bfloat16.
+"""What is written in C++: kernels for processors with a matrix unit (AMX), in bfloat16, and the matching of texts.
 
 - ``linear.cpp``: products of packed weights and of the adapters' rows, with what stands around them in a layer
 - ``attention.cpp``: attention over pages of keys and values
 - ``logprobs.cpp``: log-probabilities of given tokens under rows of logits
+- ``lexical.cpp``: BM25 of a text in many documents, on any processor
 
-:func:`library` gives them where they can run. Callers keep a path without them.
+:func:`library` gives the kernels where they can run, :mod:`.lexical` the last one. Callers keep a path without them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import ctypes
 import logging
 import time
 from functools import cache
-
-import torch
 
 from lorafleet.native.build import BuildError, build, cache_folder
 
@@ -46,6 +45,8 @@ def why_not() -> str:
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
+    import torch  # only now: who matches texts needs none of it
+
     try:  # torch's own names, which a version of it may change
         # Asked of torch, which has OpenMP's threads and the permission to use tiles in its hands.
         if not (torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()):

@@ -20,7 +20,7 @@ import torch
 
 from lorafleet import native
 from lorafleet.engine import Engine, SamplingParams
-from lorafleet.native.build import BuildError, build, cache_folder
+from lorafleet.native.build import KERNELS, LEXICAL, BuildError, Library, build, cache_folder
 
 # The module: in the package its function has the same name.
 building = sys.modules[build.__module__]
@@ -92,15 +92,24 @@ def test_another_flag_or_source_is_another_file(
     sources.mkdir()
     (sources / "common.h").write_text("// shared")
     (sources / "linear.cpp").write_text("// one")
+    (sources / "new.cpp").write_text("// not yet among them")
     monkeypatch.setattr(building, "_SOURCES", sources)
-    made = [build(folder)]
-    monkeypatch.setattr(building, "_FLAGS", (*building._FLAGS, "-g"))
-    made.append(build(folder))
-    for name in ("common.h", "linear.cpp", "new.cpp"):
+    library = Library("some", ("linear.cpp",), ("-O3",), ("common.h",))
+    made = [build(folder, library)]
+    made.append(build(folder, library._replace(flags=("-O3", "-g"))))
+    made.append(build(folder, library._replace(sources=("linear.cpp", "new.cpp"))))
+    made.append(build(folder, library._replace(name="another")))
+    for name in ("common.h", "linear.cpp"):
         (sources / name).write_text(f"// another {name}")
-        made.append(build(folder))
+        made.append(build(folder, library))
     assert len(set(made)) == len(made) == runs(log)
     assert set(folder.iterdir()) == set(made)
+
+
+def test_every_source_is_compiled_into_one_library() -> None:
+    compiled = [name for library in (KERNELS, LEXICAL) for name in (*library.sources, *library.headers)]
+    folder = Path(building.__file__).parent
+    assert sorted(compiled) == sorted(file.name for kind in ("*.cpp", "*.h") for file in folder.glob(kind))
 
 
 def test_two_that_start_together_end_with_one_whole_file(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lorafleet.errors import InvalidInputError
+from lorafleet.native import lexical as lexical_native
 from lorafleet.router_service.routers import BASE, ROUTERS, Candidate, Pool
 from lorafleet.router_service.routers.cards import LEAST, SHOWN, WINDOW, by_cards
-from lorafleet.router_service.routers.lexical import K1, B, Document, Index, pieces, saturated, words
+from lorafleet.router_service.routers.lexical import K1, B, Document, Index, Match, pieces, saturated, words
 from lorafleet.router_service.routers.shortlist import FAR, SHORT
+
+needs_compiler = pytest.mark.skipif(not lexical_native.available(), reason="no C++ compiler is here")
 
 CARDS = {
     "sql": "# SQL\n\nWrites SQLite queries: SELECT with JOIN and GROUP BY, INSERT and CREATE TABLE statements, over "
@@ -59,13 +63,18 @@ def letters(keys: NDArray[np.uint64]) -> list[str]:
     return [int(key).to_bytes(8, "little").decode("utf-16-le") for key in keys]
 
 
+def scores_of(match: Match, documents: int) -> list[float]:
+    """Of every document."""
+    found = dict(match.best)
+    return [found.get(number, 0.0) for number in range(documents)]
+
+
 def test_the_score_is_that_of_the_formula() -> None:
     """By hand, for a word that one of two documents has twice; the texts have no letters for pieces."""
     index = Index([Document("", "a b a"), Document("", "b c d e f")])
-    match = index.match("a x")
+    match = index.match("a x", most=2)
     weight = math.log(1 + 1.5 / 1.5)
-    assert match.scores[0] == pytest.approx(weight * 2 / (2 + K1 * (1 - B + B * 3 / 4)))
-    assert match.scores[1] == 0.0
+    assert match.best == [(0, pytest.approx(weight * 2 / (2 + K1 * (1 - B + B * 3 / 4))))]
     assert match.most == pytest.approx(weight + math.log(1 + 2.5 / 0.5))
 
 
@@ -74,30 +83,27 @@ def test_pieces_cross_the_borders_of_a_word_and_not_those_of_another() -> None:
     assert letters(pieces(["joins", "by", "sea"])) == [" joi", "join", "oins", "ins ", " sea", "sea "]
     assert letters(pieces(["by", ""])) == letters(pieces([])) == []
     index = Index([Document("", "joined"), Document("", "deleted")])
-    joins = index.match("joins").scores
-    assert joins[0] > 0 == joins[1]
+    assert [number for number, _ in index.match("joins", most=2).best] == [0]
 
 
 def test_a_name_counts_more_than_what_is_said_once() -> None:
-    scores = (
-        Index([Document("orders", "words"), Document("words", "orders"), Document("x", "y")]).match("orders").scores
-    )
-    assert scores[0] > scores[1] > scores[2] == 0.0
+    index = Index([Document("words", "orders"), Document("orders", "words"), Document("x", "y")])
+    (first, more), (second, less) = index.match("orders", most=3).best
+    assert (first, second) == (1, 0) and more > less
 
 
 def test_what_most_documents_say_tells_nothing_apart() -> None:
     same = [Document("", f"the adapter of topic{number}") for number in range(4)]
-    match = Index(same).match("the adapter")
-    assert not match.scores.any() and match.most == 0.0
-    assert Index(same[:3]).match("the adapter").scores.all()
+    match = Index(same).match("the adapter", most=4)
+    assert match.best == [] and match.most == 0.0
+    assert len(Index(same[:3]).match("the adapter", most=4).best) == 3
 
 
 @given(st.lists(st.text(max_size=60), max_size=6), st.text(max_size=60))
 def test_no_document_scores_more_than_there_is_to_be_known(cards: list[str], text: str) -> None:
-    match = Index([Document("", card) for card in cards]).match(text)
-    assert match.scores.shape == (len(cards),)
-    assert np.isfinite(match.scores).all() and (match.scores >= 0).all()
-    assert (match.scores <= match.most + 1e-9).all()
+    match = Index([Document("", card) for card in cards]).match(text, most=6)
+    assert all(0 < score <= match.most + 1e-9 for _, score in match.best)
+    assert match.best == sorted(match.best, key=lambda one: (-one[1], one[0]))
 
 
 LETTERS = st.characters(codec="utf-16", categories=["L", "N", "P", "Z"], max_codepoint=0xFFFF)
@@ -129,8 +135,36 @@ def test_scores_are_those_of_the_formula_term_by_term(cards: list[str], text: st
         most += weight
         for number, (count, document) in enumerate(zip(counts, documents, strict=True)):
             scores[number] += weight * count / (count + K1 * (1 - B + B * len(document) / mean))
-    match = Index([Document(f"the name {number}", card) for number, card in enumerate(cards)]).match(text)
-    assert match.scores.tolist() == pytest.approx(scores) and match.most == pytest.approx(most)
+    match = Index([Document(f"the name {number}", card) for number, card in enumerate(cards)]).match(text, most=7)
+    assert scores_of(match, len(cards)) == pytest.approx(scores) and match.most == pytest.approx(most)
+
+
+ANY = st.characters(codec="utf-16") | st.characters(categories=["Cs"])
+
+
+@needs_compiler
+@given(
+    st.lists(SENTENCES | st.text(ANY, max_size=40), max_size=9),
+    SENTENCES | st.text(ANY, max_size=40),
+    st.integers(0, 4),
+)
+def test_compiled_and_numpy_find_the_same_to_the_bit(cards: list[str], text: str, most: int) -> None:
+    documents = [Document("", card) for card in cards]
+    compiled, by_numpy = Index(documents), Index(documents, compiled=False)
+    assert compiled.match(text, most=most) == by_numpy.match(text, most=most)
+    assert compiled.match(" ".join([text, *cards]), most=most) == by_numpy.match(" ".join([text, *cards]), most=most)
+
+
+def test_without_a_compiler_numpy_matches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(lexical_native, "cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("PATH", "")
+    lexical_native._function.cache_clear()
+    try:
+        index = Index([Document("", "orders"), Document("", "poems")])
+        assert not lexical_native.available()
+        assert [number for number, _ in index.match("poems", most=2).best] == [1]
+    finally:
+        lexical_native._function.cache_clear()
 
 
 @given(st.integers(1, 100), st.integers(1, 100))
@@ -228,8 +262,8 @@ def test_the_model_decides_among_the_nearest_cards_alone(domain: str, text: str)
 def test_a_card_that_is_far_behind_the_best_costs_no_prefill_and_twins_are_both_asked() -> None:
     words = " ".join(f"gusset{number}" for number in range(12))
     pool = Pool.of([*many_domains().candidates, candidate("one", words), candidate("two", words)])
-    scores = pool.index.match(f"pattern7 {words}").scores
-    assert np.sort(scores)[-2] - np.sort(scores)[-3] > FAR and np.sort(scores)[-3] > 0
+    _, (_, second), (_, third) = pool.index.match(f"pattern7 {words}", most=3).best
+    assert second - third > FAR
     table = Table("sha256:two")
     route = ROUTERS["cards+likelihood"](Asked(f"pattern7 {words}"), pool, table)
     assert set(table.asked) == {BASE, "sha256:one", "sha256:two"} and route.mix == {"sha256:two": 1.0}

@@ -16,10 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-import numpy as np
-
 from lorafleet.errors import InvalidInputError
-from lorafleet.router_service.routers.lexical import Match
 from lorafleet.router_service.routers.likelihood import posterior_weights
 from lorafleet.router_service.routers.types import BASE, Pool, Prompt, Route, Score, Scored
 
@@ -51,9 +48,8 @@ def by_cards(text: str, pool: Pool) -> Route:
     if not pool.candidates:
         return Route({}, (Scored(BASE, 0.0, 1.0, 1.0),), "the tenant has no live adapters: the base answers")
     text = text[-WINDOW:]
-    match = pool.index.match(text)
-    best = best_of(match, most=SHOWN)
-    base = LEAST * match.most
+    match = pool.index.match(text, most=SHOWN)
+    best, base = match.best, LEAST * match.most
     # Who knows less than the base has no part, lest a word that everybody says share a route.
     evidence = [base, *(score if score > base else -math.inf for _, score in best)]
     probabilities, weights = posterior_weights(evidence, temperature=TEMPERATURE)
@@ -63,13 +59,6 @@ def by_cards(text: str, pool: Pool) -> Route:
     mix = {digest: weight for digest, weight in zip(digests, weights, strict=True) if digest != BASE and weight > 0}
     said = pool.index.shared(match, best[0][0]) if best else []
     return Route(mix, tuple(scored), reason_in_words(scored, pool, said))
-
-
-def best_of(match: Match, *, most: int) -> list[tuple[int, float]]:
-    """Number and score of the candidates that share anything with the text, best first; of equal ones the first."""
-    numbers = np.argsort(-match.scores, kind="stable")[:most]
-    best = zip(numbers.tolist(), match.scores.take(numbers).tolist(), strict=True)
-    return [(number, score) for number, score in best if score > 0]
 
 
 def reason_in_words(scored: Sequence[Scored], pool: Pool, said: Sequence[str]) -> str:

@@ -18,18 +18,21 @@ are several and say the same again: each counts a quarter.
 
 A piece is one number, its four letters' sixteen bits each (UTF-16; letters beyond have two halves), so that those of a
 text are looked up all at once: a text of 25 new words has 130, and a dictionary takes longer to find them than the rest
-takes altogether.
+takes altogether. Where there is a compiler, :mod:`lorafleet.native.lexical` looks them up and adds, with the same bits.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lorafleet.native import lexical as native
 
 K1: Final = 1.2
 B: Final = 0.75
@@ -46,7 +49,6 @@ _WORD: Final = re.compile(r"[^\W_]+")
 _SPACE: Final = ord(" ")
 _NO_PIECE: Final = np.uint64(2**64 - 1)
 """U+FFFF is no character."""
-_FIRST: Final = np.array([True])
 
 
 class Document(NamedTuple):
@@ -55,13 +57,13 @@ class Document(NamedTuple):
 
 
 class Match(NamedTuple):
-    """A text beside the N documents of an index."""
+    """A text beside the documents of an index."""
 
-    scores: NDArray[np.float64]
-    """``[N]``: BM25, in nats."""
+    best: list[tuple[int, float]]
+    """Number and score (nats) of documents that share anything with the text, best first; of equal ones the first."""
     most: float
     """That a document could have; 0 for a text without terms."""
-    words: NDArray[np.int64]
+    words: list[int]
     """Rows of the text's words that the index holds, in order."""
 
 
@@ -73,16 +75,20 @@ def words(text: str) -> list[str]:
 def pieces(words: Iterable[str]) -> NDArray[np.uint64]:
     """The n-grams of words between two spaces, as often as they are there; none of a word that is not longer than a
     piece would be."""
-    longer = [word for word in words if len(word) >= PIECE - 1]
-    text = f" {' '.join(longer)} ".encode("utf-16-le", "surrogatepass")
+    text = _bordered(words)
     units = np.frombuffer(text, "<u2")
-    if not longer:
+    if len(units) < PIECE:
         return np.empty(0, np.uint64)
     # Windows of eight bytes, one for each letter; one with a space inside is of two words.
     windows: NDArray[np.uint64] = np.ndarray((len(units) - PIECE + 1,), "<u8", text, strides=(2,))
     inner = units != _SPACE
     found: NDArray[np.uint64] = windows[inner[1:-2] & inner[2:-1]]
     return found
+
+
+def _bordered(words: Iterable[str]) -> bytes:
+    longer = [word for word in words if len(word) >= PIECE - 1]
+    return f" {' '.join(longer)} ".encode("utf-16-le", "surrogatepass")
 
 
 def idf(documents: int, having: NDArray[np.float64] | float) -> NDArray[np.float64]:
@@ -100,7 +106,8 @@ def saturated(
 class Index:
     """Some documents' terms, for scoring texts against all of them at once. Immutable."""
 
-    def __init__(self, documents: Sequence[Document]) -> None:
+    def __init__(self, documents: Sequence[Document], *, compiled: bool = True) -> None:
+        """Not ``compiled``: numpy adds, as it does where there is no compiler."""
         self.documents = len(documents)
         counted = [_counted(document) for document in documents]
         lengths = np.array([sum(said.values()) + int(counts.sum()) for said, _, counts in counted], np.float64)
@@ -129,7 +136,7 @@ class Index:
         last = len(having) - 1
         self._words = dict.fromkeys(held, last) | {word: row for row, word in enumerate(self._names)}
         self._pieces = np.append(distinct, _NO_PIECE)
-        self._piece_rows = np.full(len(distinct), last)
+        self._piece_rows = np.full(len(distinct), last, np.int64)
         self._piece_rows[is_kept] = np.arange(len(kept), last)
 
         places = np.concatenate([of_words, of_pieces])
@@ -141,40 +148,57 @@ class Index:
         shares = saturated(places[:, 1].astype(np.float64), lengths[self._documents], mean or 1.0)
         self._parts = shares * np.repeat(self._most, having)
         self._unknown = float(idf(self.documents, 0.0))
+        self._matcher: native.Matcher | None = None
+        if compiled and native.available():
+            arrays = (self._pieces, self._piece_rows, self._starts, having, self._most, self._documents, self._parts)
+            self._matcher = native.Matcher(self.documents, len(distinct), arrays)
 
     @property
     def postings(self) -> int:
         """Terms, and pairs of a term and a document, that are held: about 100 bytes each at most."""
         return len(self._documents) + len(self._words) + len(self._pieces)
 
-    def match(self, text: str) -> Match:
-        """BM25 of the text in every document."""
+    def match(self, text: str, *, most: int) -> Match:
+        """BM25 of the text in the documents; at most so many of the best."""
         said = set(words(text))
         found = [self._words.get(word, -1) for word in said]
-        of_words = np.array(sorted(row for row in found if row >= 0), np.int64)
-        keys = pieces(said)
-        keys.sort()
-        if len(keys):
-            keys = keys[np.concatenate((_FIRST, keys[1:] != keys[:-1]))]
+        # In order: sums of floats then do not depend on the order of a set.
+        of_words = sorted([row for row in found if row >= 0])
+        if self._matcher is not None:
+            best, known, unknown_pieces = self._matcher.match(_bordered(said), of_words, most)
+        else:
+            best, known, unknown_pieces = self._match(pieces(said), of_words, most)
+        unknown = found.count(-1) + PIECE_WEIGHT * unknown_pieces
+        return Match(best, known + unknown * self._unknown, of_words)
+
+    def _match(
+        self, keys: NDArray[np.uint64], of_words: list[int], most: int
+    ) -> tuple[list[tuple[int, float]], float, int]:
+        """What ``Matcher.match`` gives."""
+        keys = np.unique(keys)
         at = self._pieces.searchsorted(keys)
         is_known = self._pieces.take(at) == keys
-        # In order: sums of floats then do not depend on the order of a set.
-        rows = np.concatenate([of_words, self._piece_rows.take(at[is_known])])
+        rows = np.concatenate([np.array(of_words, np.int64), self._piece_rows.take(at[is_known])])
         places = self._places(rows)
         scores = np.bincount(self._documents.take(places), self._parts.take(places), self.documents)
-        unknown = found.count(-1) + PIECE_WEIGHT * (len(keys) - np.count_nonzero(is_known))
-        most = float(np.add.reduce(self._most.take(rows))) + unknown * self._unknown
-        return Match(scores.astype(np.float64, copy=False), most, of_words)
+        numbers = np.argsort(-scores, kind="stable")[:most]
+        best = zip(numbers.tolist(), scores.take(numbers).tolist(), strict=True)
+        known = self._most.take(rows).cumsum()[-1:]  # one after another, as nothing else of numpy adds
+        return (
+            [(number, score) for number, score in best if score > 0],
+            float(known.sum()),
+            len(keys) - int(np.count_nonzero(is_known)),
+        )
 
     def shared(self, match: Match, document: int, *, most: int = 3) -> list[str]:
         """The text's words that count most in a document, the weightiest first."""
-        places = self._places(match.words)
-        of_document = self._documents.take(places) == document
-        found = zip(
-            (-self._parts.take(places)[of_document]).tolist(),
-            [self._names[row] for row in match.words.repeat(self._having.take(match.words))[of_document].tolist()],
-            strict=True,
-        )
+        documents, found = self._documents.data, []
+        for row in match.words:
+            start = int(self._starts[row])
+            end = start + int(self._having[row])
+            at = bisect_left(documents, document, start, end)
+            if at < end and documents[at] == document:
+                found.append((-float(self._parts[at]), self._names[row]))
         return [word for _, word in sorted(found)[:most]]
 
     def _places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
-from lorafleet.router_service.routers.cards import WINDOW, best_of
+from lorafleet.router_service.routers.cards import WINDOW
 from lorafleet.router_service.routers.likelihood import likelihood
 from lorafleet.router_service.routers.types import BASE, Pool, Prompt, Route, Score, Scored
 
@@ -32,7 +32,7 @@ class Shortlist:
     def __call__(self, prompt: Prompt, pool: Pool, score: Score) -> Route:
         if len(pool.candidates) <= SHORT:
             return likelihood(prompt.tokens, pool.candidates, score)
-        best = best_of(pool.index.match(prompt.text[-WINDOW:]), most=SHORT)
+        best = pool.index.match(prompt.text[-WINDOW:], most=SHORT).best
         among = f"of {len(pool.candidates)} model cards"
         if prompt.text and not best:
             reason = f"none {among} shares a word with the text: the base at 1"

@@ -11,7 +11,6 @@ alone. What it costs depends on the text and on how many cards share its words, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final
@@ -47,27 +46,32 @@ def by_cards(text: str, pool: Pool) -> Route:
         raise InvalidInputError("the text to route is empty, expected some words; send some text")
     if not pool.candidates:
         return Route({}, (Scored(BASE, 0.0, 1.0, 1.0),), "the tenant has no live adapters: the base answers")
-    text = text[-WINDOW:]
-    match = pool.index.match(text, most=SHOWN)
-    best, base = match.best, LEAST * match.most
-    # Who knows less than the base has no part, lest a word that everybody says share a route.
-    evidence = [base, *(score if score > base else -math.inf for _, score in best)]
-    probabilities, weights = posterior_weights(evidence, temperature=TEMPERATURE)
-    digests = [BASE, *(pool.candidates[number].digest for number, _ in best)]
-    shares = [LEAST, *(score / match.most for _, score in best)]
-    scored = sorted(map(Scored, digests, shares, probabilities, weights), key=lambda one: (-one.score, one.digest))
-    mix = {digest: weight for digest, weight in zip(digests, weights, strict=True) if digest != BASE and weight > 0}
-    said = pool.index.shared(match, best[0][0]) if best else []
+    match = pool.index.match(text[-WINDOW:], most=SHOWN)
+    base = LEAST * match.most
+    # Who knows less than the base has no part, lest a word that everybody says share a route. The best come first, and
+    # so do candidates of equal scores in the order of their digests.
+    ahead = sum([score > base for _, score in match.best])
+    evidence = [base, *[score for _, score in match.best[:ahead]]]
+    (of_base, weight_of_base), *won = zip(*posterior_weights(evidence, temperature=TEMPERATURE), strict=True)
+    won += [(0.0, 0.0)] * (len(match.best) - ahead)
+    scored = [
+        Scored(pool.candidates[number].digest, score / match.most, probability, weight)
+        for (number, score), (probability, weight) in zip(match.best, won, strict=True)
+    ]
+    mix = {one.digest: one.weight for one in scored[:ahead] if one.weight > 0}
+    scored.insert(ahead, Scored(BASE, LEAST, of_base, weight_of_base))
+    said = pool.index.shared(match, match.best[0][0]) if match.best else []
     return Route(mix, tuple(scored), reason_in_words(scored, pool, said))
 
 
 def reason_in_words(scored: Sequence[Scored], pool: Pool, said: Sequence[str]) -> str:
     """One line: who answers with what share, and for which of the text's words."""
-    names = {one.digest: pool.references.get(one.digest, "the base") for one in scored}
-    shares = " and ".join([f"{names[one.digest]} at {one.weight:g}" for one in scored if one.weight > 0])
-    best = scored[0]
+    named, best = pool.references, scored[0]
+    shares = " and ".join(
+        [f"{named.get(one.digest, 'the base')} at {one.weight:g}" for one in scored if one.weight > 0]
+    )
     if best.digest == BASE:
         cards = f"{len(pool.candidates)} model card{'s' if len(pool.candidates) != 1 else ''}"
         return f"none of {cards} has more than {LEAST:.0%} of what the text says: {shares}"
     quoted = f" ({', '.join(map(repr, said))})" if said else ""
-    return f"the name and card of {names[best.digest]} have {best.score:.0%} of what the text says{quoted}: {shares}"
+    return f"the name and card of {named[best.digest]} have {best.score:.0%} of what the text says{quoted}: {shares}"

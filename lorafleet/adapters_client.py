@@ -190,11 +190,6 @@ class AdapterClient:
 
     # Which version is used
 
-    def set_alias(self, adapter: str, alias: str, number: int) -> None:
-        """Point an alias at a version, whatever was measured."""
-        request = adapters_pb2.SetAliasRequest(adapter=adapter, alias=alias, number=number)
-        self._call(self._stub.SetAlias, request)
-
     def promote(self, reference: str, alias: str = "", *, force: bool = False) -> RemotePromotion:
         """Point an alias (the champion) at a version that is measured to be better; else PromotionRefusedError."""
         request = adapters_pb2.PromoteVersionRequest(reference=reference, alias=alias, force=force)

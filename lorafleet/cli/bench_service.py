@@ -14,8 +14,8 @@ from lorafleet.stopping import interruptible
 
 def service(
     scenario: Annotated[
-        str, typer.Option(metavar="NAME,…", help="isolation, timing, load, route, one after another.")
-    ] = "isolation,timing,load,route",
+        str, typer.Option(metavar="NAME,…", help="isolation, timing, names, load, route, one after another.")
+    ] = "isolation,timing,names,load,route",
     threads: Annotated[int | None, typer.Option(min=1, help="Of the server. (default: every core)")] = None,
     registry: Annotated[
         str | None,
@@ -25,7 +25,12 @@ def service(
     tenants: Annotated[int, typer.Option(min=2, help="isolation: who call.")] = 50,
     changes: Annotated[float, typer.Option(min=0.1, help="isolation: of adapters, a second.")] = 8.0,
     probes: Annotated[int, typer.Option(min=2, help="timing: of another tenant's prompts.")] = 1000,
-    control_probes: Annotated[int, typer.Option(min=2, help="timing: of one's own, which have to be seen.")] = 300,
+    name_probes: Annotated[
+        int, typer.Option(min=2, help="names: that are not the caller's, of each kind, over each door.")
+    ] = 1000,
+    control_probes: Annotated[
+        int, typer.Option(min=2, help="timing, names: of one's own, which have to be seen.")
+    ] = 300,
     minutes: Annotated[float, typer.Option(min=0.05, help="load: at 80 % of the capacity.")] = 10.0,
     capacity_seconds: Annotated[float, typer.Option(min=1.0, help="load: in which it is measured.")] = 30.0,
     overload_seconds: Annotated[float, typer.Option(min=1.0, help="load: at twice the capacity.")] = 30.0,
@@ -47,8 +52,9 @@ def service(
     """Put a real `lorafleet serve` of the tiny base under load, and hold what it does against what is wanted of it.
 
     isolation: every answer of many tenants, while adapters come and go, is that of an isolated run. timing: the time to
-    a first token tells nothing of what others have asked. load: no errors at 80 % of the capacity, an answer or a
-    refusal at twice it. route: calls a second. The exit status is 1 where something was missed.
+    a first token tells nothing of what others have asked. names: the time of a refusal tells nothing of what others
+    have. load: no errors at 80 % of the capacity, an answer or a refusal at twice it. route: calls a second. The exit
+    status is 1 where something was missed.
     """
     from contextlib import ExitStack
     from datetime import UTC, datetime
@@ -58,6 +64,7 @@ def service(
     from lorafleet.bench.service import run
     from lorafleet.bench.service.isolation import IsolationSettings
     from lorafleet.bench.service.load import LoadSettings
+    from lorafleet.bench.service.names import NameSettings
     from lorafleet.bench.service.routes import RouteSettings
     from lorafleet.bench.service.timing import TimingSettings
 
@@ -67,6 +74,7 @@ def service(
         registry=registry,
         isolation=IsolationSettings(requests=requests, tenants=tenants, changes_a_second=changes, seed=seed),
         timing=TimingSettings(probes=probes, control_probes=control_probes, seed=seed),
+        names=NameSettings(probes=name_probes, control_probes=control_probes, seed=seed),
         load=LoadSettings(minutes=minutes, capacity_s=capacity_seconds, overload_s=overload_seconds, seed=seed),
         route=RouteSettings(
             routers=words(routers), adapters=adapters, seconds=route_seconds, callers=callers, seed=seed

@@ -18,7 +18,7 @@ from lorafleet.registry.database import locked
 from lorafleet.registry.records import Adapter
 from lorafleet.registry.references import check_name, not_found
 from lorafleet.registry.tables import AdapterRow, AliasMoveRow, AliasRow, VersionRow
-from lorafleet.registry.versions import USABLE
+from lorafleet.registry.versions import USABLE, is_shared_with
 
 
 class Moved(NamedTuple):
@@ -61,8 +61,13 @@ def pointed_at(session: Session, adapter: Adapter, alias: str) -> int | None:
     return session.scalar(select(AliasRow.number).where(AliasRow.adapter_id == adapter.id, AliasRow.name == alias))
 
 
-def of_adapter(session: Session, adapter: Adapter) -> dict[str, int]:
-    rows = session.scalars(select(AliasRow).where(AliasRow.adapter_id == adapter.id))
+def of_adapter(session: Session, adapter: Adapter, *, shown_to: int | None = None) -> dict[str, int]:
+    """Alias → number; none of them to a tenant that has the adapter only as it was."""
+    statement = select(AliasRow).where(AliasRow.adapter_id == adapter.id)
+    if shown_to is not None:
+        statement = statement.join(AdapterRow, AdapterRow.id == AliasRow.adapter_id)
+        statement = statement.where(is_shared_with(session, shown_to))
+    rows = session.scalars(statement)
     return dict(sorted((row.name, row.number) for row in rows))
 
 

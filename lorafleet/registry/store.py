@@ -330,13 +330,16 @@ class Registry:
         *,
         after: int = 0,
         limit: int | None = None,
-        without: Collection[VersionState] = (),
+        usable_by: str | None = None,
     ) -> list[Version]:
-        """All of an adapter's by number, in any state but those of ``without``; or those above ``after``, at most
-        ``limit``."""
+        """All of an adapter's by number, in whatever state; or those above ``after``, at most ``limit``.
+
+        With ``usable_by`` those that another tenant may use: no quarantined one, and none of after its time.
+        """
         with self._database.read() as session:
             found = catalog.adapter(session, tenant, adapter)
-            return versions.of_adapter(session, found, after=after, limit=limit, without=without)
+            user = None if usable_by is None else catalog.tenant(session, usable_by).id
+            return versions.of_adapter(session, found, after=after, limit=limit, usable_by=user)
 
     def newest_number(self, tenant: str, adapter: str) -> int:
         """Of an adapter's versions, in any state; 0 where it has none."""
@@ -373,10 +376,12 @@ class Registry:
             self._note(session, tenant, "alias.move", f"{tenant}/{adapter}@{alias}", by, **moved._asdict())
             bump_revision(session)
 
-    def aliases(self, tenant: str, adapter: str) -> dict[str, int]:
-        """Alias → version number."""
+    def aliases(self, tenant: str, adapter: str, *, shown_to: str | None = None) -> dict[str, int]:
+        """Alias → version number; with ``shown_to`` none where that tenant's last member of the federation was
+        revoked, as where they point tells of later versions."""
         with self._database.read() as session:
-            return aliases.of_adapter(session, catalog.adapter(session, tenant, adapter))
+            reader = None if shown_to is None else catalog.tenant(session, shown_to).id
+            return aliases.of_adapter(session, catalog.adapter(session, tenant, adapter), shown_to=reader)
 
     def promote(self, version: Version, alias: str = CHAMPION, *, force: bool = False, by: str = "") -> Promotion:
         """Point an alias at a version, where it is measured to be better than what the alias points at, or forced.
@@ -435,10 +440,14 @@ class Registry:
             bump_revision(session)
             return changed
 
-    def resolve(self, reference: str) -> Version:
-        """The version that a reference names (:mod:`lorafleet.registry.versions` has the table)."""
+    def resolve(self, reference: str, *, usable_by: str | None = None) -> Version:
+        """The version that a reference names (:mod:`lorafleet.registry.versions` has the table).
+
+        With ``usable_by`` only if that tenant may use it: what is missing and what is foreign are looked for alike.
+        """
         with self._database.read() as session:
-            return versions.resolve(session, parse_reference(reference))
+            user = None if usable_by is None else catalog.tenant(session, usable_by).id
+            return versions.resolve(session, parse_reference(reference), usable_by=user)
 
     def load(self, version: Version) -> LoraAdapter:
         """A version's weights, verified against its digest, with the base's digest as their ``base``.

@@ -13,7 +13,7 @@ Usable are staged and evaluated versions. A retired one answers only to who asks
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast, get_args
 
@@ -28,7 +28,7 @@ from lorafleet.registry import grants
 from lorafleet.registry.database import locked
 from lorafleet.registry.records import CHAMPION, Adapter, Lineage, Version, VersionState
 from lorafleet.registry.references import Reference, check_digest, not_found
-from lorafleet.registry.tables import AdapterRow, AliasRow, BaseRow, GrantRow, MemberRow, TenantRow, VersionRow
+from lorafleet.registry.tables import AdapterRow, AliasRow, BaseRow, MemberRow, TenantRow, VersionRow
 
 USABLE = ("staged", "evaluated")
 
@@ -113,12 +113,12 @@ def of_adapter(
     *,
     after: int = 0,
     limit: int | None = None,
-    without: Collection[VersionState] = (),
+    usable_by: int | None = None,
 ) -> list[Version]:
-    """By number: those above ``after``, at most ``limit``; ``without`` those in some states."""
+    """By number: those above ``after``, at most ``limit``; of those that a tenant may use, where one is named."""
     found = _versions().where(VersionRow.adapter_id == adapter.id, VersionRow.number > after)
-    if without:
-        found = found.where(VersionRow.state.not_in(without))
+    if usable_by is not None:
+        found = found.where(VersionRow.state != "quarantined", _is_usable_by(session, usable_by))
     return _all(session, found.order_by(VersionRow.number).limit(limit))
 
 
@@ -201,7 +201,11 @@ def check_state(state: str) -> str:
     return state
 
 
-def resolve(session: Session, reference: Reference) -> Version:
+def resolve(session: Session, reference: Reference, *, usable_by: int | None = None) -> Version:
+    """The version that a reference names; for a tenant only if it may use that.
+
+    One query decides, so that what is foreign is not looked for any longer than what is missing.
+    """
     statement = _versions().where(TenantRow.name == reference.tenant, AdapterRow.name == reference.adapter)
     if reference.number is not None:
         statement = statement.where(VersionRow.number == reference.number, VersionRow.state != "quarantined")
@@ -212,6 +216,10 @@ def resolve(session: Session, reference: Reference) -> Version:
         ).where(AliasRow.name == reference.alias, VersionRow.state != "quarantined")
     else:
         statement = statement.where(_is_current())
+    if usable_by is not None:
+        # Where an alias points is of today, also while that is an old version: its move would tell of a newer one.
+        may = _is_usable_by if reference.alias is None else is_shared_with
+        statement = statement.where(may(session, usable_by))
     row = session.execute(statement).one_or_none()
     if row is None:
         raise not_found(f"version {reference}")
@@ -254,15 +262,31 @@ def may_use(session: Session, tenant_id: int, version: Version) -> bool:
     when it was made.
     """
     row = find(session, version, lock=False)
-    granted = grants.granted_to(tenant_id).where(GrantRow.adapter_id == row.adapter_id)
-    if row.tenant_id == tenant_id or session.scalar(select(granted.exists())):
-        return True
-    federation_id = session.scalar(select(AdapterRow.federation_id).where(AdapterRow.id == row.adapter_id))
+    statement = select(VersionRow.id).join(AdapterRow, AdapterRow.id == VersionRow.adapter_id)
+    return session.scalar(statement.where(VersionRow.id == row.id, _is_usable_by(session, tenant_id))) is not None
+
+
+def _is_usable_by(session: Session, tenant_id: int) -> ColumnElement[bool]:
+    """:func:`may_use` as a condition on versions and their adapters."""
     joined = _memberships(session, tenant_id)
-    if federation_id not in joined:
-        return False
-    until = joined[federation_id]
-    return until is None or row.created_at <= until
+    left = [
+        and_(AdapterRow.federation_id == federation_id, VersionRow.created_at <= until)
+        for federation_id, until in joined.items()
+        if until is not None
+    ]
+    return or_(_is_shared(joined, tenant_id), *left)
+
+
+def is_shared_with(session: Session, tenant_id: int) -> ColumnElement[bool]:
+    """Whether an adapter is a tenant's as it is now, to its newest version: its own, granted, or of a federation in
+    which it has a member."""
+    return _is_shared(_memberships(session, tenant_id), tenant_id)
+
+
+def _is_shared(joined: Mapping[int, float | None], tenant_id: int) -> ColumnElement[bool]:
+    active = [federation_id for federation_id, until in joined.items() if until is None]
+    mine = (AdapterRow.tenant_id == tenant_id, AdapterRow.federation_id.in_(active))
+    return or_(*mine, AdapterRow.id.in_(grants.granted_to(tenant_id)))
 
 
 def _memberships(session: Session, tenant_id: int) -> dict[int, float | None]:

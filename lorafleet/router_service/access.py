@@ -28,25 +28,21 @@ def visible(registry: Registry, tenant: str, reference: str) -> Version:
     """The version that a reference names, if the tenant may use it.
 
     An adapter is the tenant's to use when the tenant owns it or a version of it is live for the tenant; its older
-    versions and other aliases are then, too, but none that was made after the tenant's last member was revoked. Raises
-    NotFoundError, in the same words for a missing and a foreign one.
+    versions and other aliases are then, too. Where the tenant's last member was revoked, there is no version that was
+    made later, and no alias. Raises NotFoundError, in the same words for a missing and a foreign one.
     """
     refusal = not_found(f"adapter {reference!r}")
     named = parse_reference(reference)
-    current = None
-    if named.tenant != tenant:
+    own = named.tenant == tenant
+    if not own:
         # Before anything is looked for by its name: what is missing and what is foreign take the same time.
-        live = {(own.tenant, own.adapter): own for own in registry.live(tenant)}
+        live = {(version.tenant, version.adapter): version for version in registry.live(tenant)}
         current = live.get((named.tenant, named.adapter))
         if current is None:
             raise refusal
-    if current is not None and named.alias is None and named.number is None:
-        version = current
-    else:
-        try:
-            version = registry.resolve(reference)
-        except NotFoundError:
-            raise refusal from None
-        if current is not None and not registry.may_use(tenant, version):
-            raise refusal
-    return version
+        if named.alias is None and named.number is None:
+            return current
+    try:
+        return registry.resolve(reference, usable_by=None if own else tenant)
+    except NotFoundError:
+        raise refusal from None

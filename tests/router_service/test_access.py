@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import sqlalchemy
-from sqlalchemy import event
 
 from lorafleet.errors import NotFoundError
 from lorafleet.registry import NewExpert
 from lorafleet.registry.store import Registry
 from lorafleet.router_service import access
 from tests.registry.conftest import BASE_DIGEST, Clock, make_adapter
+from tests.router_service.statements import statements
 
 
 @pytest.fixture
@@ -47,31 +45,28 @@ def test_the_bare_reference_means_the_newest_version_of_before(registry: Registr
     assert [version.number for version in access.usable(registry, "rival", base_digest=BASE_DIGEST)] == [2]
 
 
-@pytest.mark.parametrize("later", ["acme/shared:3", "acme/shared@champion"])
-def test_a_later_version_is_not_there(registry: Registry, later: str) -> None:
+@pytest.mark.parametrize("later", ["acme/shared:3", "acme/shared@champion", "acme/shared@first"])
+def test_a_later_version_is_not_there_nor_an_alias_which_may_have_moved(registry: Registry, later: str) -> None:
+    registry.promote(registry.version("acme", "shared", 1), "first")
+    assert registry.aliases("acme", "shared", shown_to="acme") == {"champion": 3, "first": 1}
+    assert registry.aliases("acme", "shared", shown_to="rival") == {}
     with pytest.raises(NotFoundError, match="is not there, or is not yours"):
         access.resolve(registry, "rival", later, base_digest=BASE_DIGEST)
 
 
 def test_what_is_missing_and_what_is_foreign_are_looked_for_alike(registry: Registry) -> None:
-    """The same statements, so that the time tells nothing either."""
     registry.create_adapter("acme", "secret", base="tiny")
     registry.add_version("acme", "secret", make_adapter(4))
-    statements: list[str] = []
+    with statements() as asked:
 
-    def note(*arguments: Any) -> None:
-        statements.append(arguments[2])
+        def of(reference: str) -> list[str]:
+            asked.clear()
+            with pytest.raises(NotFoundError, match="is not there, or is not yours"):
+                access.resolve(registry, "rival", reference, base_digest=BASE_DIGEST)
+            return list(asked)
 
-    def asked(reference: str) -> list[str]:
-        statements.clear()
-        with pytest.raises(NotFoundError, match="is not there, or is not yours"):
-            access.resolve(registry, "rival", reference, base_digest=BASE_DIGEST)
-        return list(statements)
-
-    event.listen(sqlalchemy.Engine, "before_cursor_execute", note)
-    try:
         for suffix in ("", ":1", "@champion"):
-            foreign = asked(f"acme/secret{suffix}")
-            assert foreign and foreign == asked(f"acme/nothing{suffix}") == asked(f"nobody/nothing{suffix}")
-    finally:
-        event.remove(sqlalchemy.Engine, "before_cursor_execute", note)
+            foreign = of(f"acme/secret{suffix}")
+            assert foreign and foreign == of(f"acme/nothing{suffix}") == of(f"nobody/nothing{suffix}")
+        for later, missing in ((":3", ":9"), ("@champion", "@nothing")):
+            assert of(f"acme/shared{later}") == of(f"acme/shared{missing}") != []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
@@ -11,9 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
-import sqlalchemy
 import torch
-from sqlalchemy import event
 
 from lorafleet.adapters import LoraAdapter, LoraPair
 from lorafleet.errors import (
@@ -31,6 +28,7 @@ from lorafleet.router_service.adapters import service
 from lorafleet.router_service.server import Server
 from tests.router_service.adapter_callers import BOTH, Adapters, Raw, adapters, folder, raw, refusal
 from tests.router_service.conftest import Experts, Fleet, Serve
+from tests.router_service.statements import statements
 
 __all__ = ["adapters", "folder", "raw"]
 
@@ -109,7 +107,7 @@ def test_versions_go_through_their_life(
     client, registry = adapters(serve()), fleet.registry
     for _ in range(3):
         client.upload("acme/sql", folder)
-    client.set_alias("acme/sql", "champion", 1)
+    client.promote("acme/sql:1")  # nothing to be better than
     with pytest.raises(PromotionRefusedError, match="not measured"):
         client.promote("acme/sql:2")
     client.evaluate("acme/sql:1", loss=2.5, tokens=1000)
@@ -251,7 +249,6 @@ BY_NAME: dict[str, Callable[[Raw, str], Any]] = {
     "ListVersions": lambda raw, name: raw.ListVersions(adapter=name),
     "GetVersion": lambda raw, name: raw.GetVersion(reference=name),
     "GetVersion by number": lambda raw, name: raw.GetVersion(reference=f"{name}:1"),
-    "SetAlias": lambda raw, name: raw.SetAlias(adapter=name, alias="x", number=1),
     "PromoteVersion": lambda raw, name: raw.PromoteVersion(reference=f"{name}:1", force=True),
     "RollbackAlias": lambda raw, name: raw.RollbackAlias(adapter=name),
     "RetireVersion": lambda raw, name: raw.RetireVersion(reference=f"{name}:1"),
@@ -281,27 +278,42 @@ def test_what_is_missing_and_what_is_anothers_are_one_answer(
     """The same status, words and statements, so that the time tells nothing either."""
     rival = raw(shared, "rival")
     before = fleet.registry.revision()
-    statements: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        # Those of the call itself: not of the watcher, and not of the door, which looks a key up from time to time.
-        called = threading.current_thread().name.startswith("lorafleet-grpc")
-        if called and statement != "BEGIN" and "FROM keys" not in statement:
-            statements.append(statement)
-
-    event.listen(sqlalchemy.Engine, "before_cursor_execute", note)
-    try:
+    with statements() as asked:
         for method, call in BY_NAME.items():
             answers = []
             for name in ("acme/secret", "acme/nothing", "nobody/nothing"):
-                statements.clear()
+                asked.clear()
                 code, words = refusal(call, rival, name)
-                answers.append((code, words.replace(name, "NAME"), tuple(statements)))
+                answers.append((code, words.replace(name, "NAME"), tuple(asked)))
             assert len(set(answers)) == 1, method
             assert answers[0][0] == grpc.StatusCode.NOT_FOUND, method
-    finally:
-        event.remove(sqlalchemy.Engine, "before_cursor_execute", note)
     assert fleet.registry.revision() == before
+
+
+def test_whose_member_was_revoked_does_not_see_that_there_are_later_versions(
+    shared: Server, raw: Callable[..., Raw], adapters: Adapters, fleet: Fleet, experts: Experts
+) -> None:
+    federation = fleet.registry.federation("acme", "fed")
+    fleet.registry.revoke_member(federation, "k")
+    rival = raw(shared, "rival")
+    with statements() as asked:
+
+        def listed() -> tuple[Any, tuple[str, ...]]:
+            asked.clear()
+            found = rival.ListVersions(adapter="acme/shared")
+            return found, tuple(asked)
+
+        before = listed()
+        opened = fleet.registry.open_round(federation, 2)
+        fleet.registry.commit_round(opened, [NewExpert("shared", experts.letters, rule="exact")], report={})
+        assert listed() == before and [version.number for version in before[0].versions] == [1]
+        answers = []
+        for number in (2, 9):
+            asked.clear()
+            code, words = refusal(lambda raw, name: raw.GetVersion(reference=name), rival, f"acme/shared:{number}")
+            answers.append((code, words.replace(f":{number}", ":N"), tuple(asked)))
+        assert answers[0] == answers[1] and answers[0][2]
+    assert [version.number for version in adapters(shared).versions("acme/shared")] == [1, 2]
 
 
 def test_what_a_tenant_may_use_is_not_its_to_change_or_to_take(
@@ -443,8 +455,9 @@ def test_of_anothers_versions_those_that_are_hidden_leave_no_trace_in_a_list(
         registry.quarantine(registry.version("acme", "shared", number))
     assert seen() == before
     registry.revoke_member(registry.federation("acme", "fed"), "k")
-    add_versions(fleet, *[1] * 3)
-    registry.set_alias("acme", "shared", "champion", 3)  # which each of them took
-    assert seen() == before
+    left = seen()
+    assert left != before  # where the champion is, is not for who has left
+    add_versions(fleet, *[1] * 3)  # each of which was the champion
+    assert seen() == left
     registry.quarantine(registry.version("acme", "shared", 2))
     assert [len(found) for found in seen()] == [2, 1, 1, 1]

@@ -202,7 +202,7 @@ class Tenants:
         self.registry = registry
         found = describe_base(BASE)
         registry.register_base(found.name, found.digest, architecture=found.architecture, parameters=found.parameters)
-        self._base = found.digest
+        self.base = found.digest
         self.keys: dict[str, str] = {}
         """Tenant → a key of it that may infer."""
 
@@ -214,7 +214,7 @@ class Tenants:
 
     def add_adapter(self, tenant: str, name: str, weights: LoraAdapter, *, card: str = "") -> Version:
         """A new adapter with its first version."""
-        self.registry.create_adapter(tenant, name, base=self._base)
+        self.registry.create_adapter(tenant, name, base=self.base)
         return self.registry.add_version(tenant, name, weights, card=card)
 
 

@@ -1,4 +1,4 @@
-"""``lorafleet bench service``: isolation, timing, load and routing of a real service, beside what is wanted of it."""
+"""``lorafleet bench service``: what a real service keeps apart and what it holds, beside what is wanted of it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from lorafleet.bench.record import append, head, plain
 from lorafleet.bench.service.figures import Verdict
 from lorafleet.bench.service.isolation import IsolationSettings, bench_isolation
 from lorafleet.bench.service.load import LoadSettings, bench_load
+from lorafleet.bench.service.names import NameSettings, bench_names
 from lorafleet.bench.service.routes import RouteSettings, bench_routes
 from lorafleet.bench.service.timing import TimingSettings, bench_timing
 from lorafleet.errors import UnknownNameError
 
-SCENARIOS = ("isolation", "timing", "load", "route")
+SCENARIOS = ("isolation", "timing", "names", "load", "route")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,7 @@ class ServiceSettings:
     """An empty database; None: a SQLite file for each scenario."""
     isolation: IsolationSettings = field(default_factory=IsolationSettings)
     timing: TimingSettings = field(default_factory=TimingSettings)
+    names: NameSettings = field(default_factory=NameSettings)
     load: LoadSettings = field(default_factory=LoadSettings)
     route: RouteSettings = field(default_factory=RouteSettings)
 
@@ -40,7 +42,8 @@ class ServiceSettings:
 
 def command_line(settings: ServiceSettings) -> list[str]:
     """The command that does this again; a database's address is left out, as it may name a host and a user."""
-    isolation, timing, load, route = settings.isolation, settings.timing, settings.load, settings.route
+    isolation, timing, names = settings.isolation, settings.timing, settings.names
+    load, route = settings.load, settings.route
     named: dict[str, dict[str, object]] = {
         "isolation": {
             "requests": isolation.requests,
@@ -48,6 +51,7 @@ def command_line(settings: ServiceSettings) -> list[str]:
             "changes": f"{isolation.changes_a_second:g}",
         },
         "timing": {"probes": timing.probes, "control-probes": timing.control_probes},
+        "names": {"name-probes": names.probes, "control-probes": names.control_probes},
         "load": {
             "minutes": f"{load.minutes:g}",
             "capacity-seconds": f"{load.capacity_s:g}",
@@ -103,6 +107,8 @@ def bench_service(
             )
         elif name == "timing":
             made = bench_timing(settings.timing, work=folder, registry_url=url, threads=settings.threads, say=progress)
+        elif name == "names":
+            made = bench_names(settings.names, work=folder, registry_url=url, threads=settings.threads, say=progress)
         elif name == "load":
             made = bench_load(settings.load, work=folder, registry_url=url, threads=settings.threads, say=progress)
         else:

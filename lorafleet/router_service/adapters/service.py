@@ -13,7 +13,7 @@ from lorafleet.adapters.streaming import folder_digest
 from lorafleet.errors import BaseMismatchError, InvalidInputError, NotFoundError
 from lorafleet.proto.registry.v1 import adapters_pb2, adapters_pb2_grpc
 from lorafleet.registry import Registry, cards
-from lorafleet.registry.records import CHAMPION, Adapter, Key, Version, VersionState
+from lorafleet.registry.records import CHAMPION, Adapter, Key, Version
 from lorafleet.registry.references import Reference, not_found, parse_reference
 from lorafleet.router_service import access
 from lorafleet.router_service.adapters import downloads, messages
@@ -98,7 +98,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         if last and not (last.isdecimal() and len(last) < 10):
             raise InvalidInputError("found a page_token of another list, expected this one's")
         adapter = self._visible_adapter(key, request.adapter)
-        aliases = self._registry.aliases(adapter.tenant, adapter.name)
+        aliases = self._registry.aliases(adapter.tenant, adapter.name, shown_to=key.tenant)
         origins = self._origins(key, adapter.tenant)
         page, page_bytes, token = list[adapters_pb2.Version](), 0, ""
         for version in self._listed(key, adapter, after=int(last or 0), limit=min(size + 1, _READ_VERSIONS)):
@@ -116,7 +116,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         origins = self._origins(key, found.tenant)
         # Whose texts they are of is for who owns it.
         evaluations = registry.evaluations(found) if found.tenant == key.tenant else ()
-        aliases = registry.aliases(found.tenant, found.adapter)
+        aliases = registry.aliases(found.tenant, found.adapter, shown_to=key.tenant)
         return adapters_pb2.GetVersionResponse(
             version=messages.version(found, reader=key.tenant, aliases=aliases, origins=origins, with_parents=True),
             base_licence=registry.base(found.base_digest).licence,
@@ -125,12 +125,6 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         )
 
     # Which version is used
-
-    def SetAlias(self, request: adapters_pb2.SetAliasRequest, context: Blocking) -> adapters_pb2.SetAliasResponse:
-        key = context.key
-        named = _own_adapter(key, request.adapter)
-        self._registry.set_alias(named.tenant, named.adapter, request.alias, request.number, by=key.key_id)
-        return adapters_pb2.SetAliasResponse()
 
     def PromoteVersion(
         self, request: adapters_pb2.PromoteVersionRequest, context: Blocking
@@ -302,13 +296,10 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
         Nothing of the others is left to be seen: pages are cut after this.
         """
-        own = adapter.tenant == key.tenant
-        hidden: tuple[VersionState, ...] = () if own else ("quarantined",)
-        while found := self._registry.versions(adapter.tenant, adapter.name, after=after, limit=limit, without=hidden):
-            for version in found:
-                if not own and not self._registry.may_use(key.tenant, version):
-                    return  # made after its last member was revoked, as are those with higher numbers
-                yield version
+        usable_by = None if adapter.tenant == key.tenant else key.tenant
+        name = (adapter.tenant, adapter.name)
+        while found := self._registry.versions(*name, after=after, limit=limit, usable_by=usable_by):
+            yield from found
             if len(found) < limit:
                 return
             after = found[-1].number

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorafleet.bench.service.names import DOORS
 from lorafleet.cli import main
 
 pytestmark = [pytest.mark.process, pytest.mark.long]
@@ -35,6 +36,19 @@ def test_answers_of_a_few_tenants_are_those_of_isolated_runs_while_adapters_chan
     assert found["right"] + found["not_there"] + found["foreign_refused"] == 80
     assert found["foreign_refused"] == found["kinds"]["foreign"] > 0
     assert found["changes"] and found["digests_used"] > 6
+
+
+def test_the_time_of_a_refusal_is_taken_for_names_that_are_there_and_that_are_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    record = bench(capsys, tmp_path, "--scenario", "names", "--name-probes", "60", "--control-probes", "80")
+    found = record["results"]["names"]
+    assert set(found) == {f"{door}/{kind}" for door in DOORS for kind in ("control", "foreign", "left")}
+    for name, one in found.items():
+        assert 0 < one["there"] < one["probes"] and one["median_s"]["missing"] > 0
+        if name.endswith("control"):
+            assert one["area"] > 0.7
+    assert len(record["verdicts"]) == 6
 
 
 def test_a_route_by_cards_is_measured_beside_a_server_that_does_nothing(

@@ -169,20 +169,6 @@ class GetVersionResponse(_message.Message):
     card: str
     def __init__(self, version: _Optional[_Union[Version, _Mapping]] = ..., base_licence: _Optional[str] = ..., evaluations: _Optional[_Iterable[_Union[Evaluation, _Mapping]]] = ..., card: _Optional[str] = ...) -> None: ...
 
-class SetAliasRequest(_message.Message):
-    __slots__ = ("adapter", "alias", "number")
-    ADAPTER_FIELD_NUMBER: _ClassVar[int]
-    ALIAS_FIELD_NUMBER: _ClassVar[int]
-    NUMBER_FIELD_NUMBER: _ClassVar[int]
-    adapter: str
-    alias: str
-    number: int
-    def __init__(self, adapter: _Optional[str] = ..., alias: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
-
-class SetAliasResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
 class PromoteVersionRequest(_message.Message):
     __slots__ = ("reference", "alias", "force")
     REFERENCE_FIELD_NUMBER: _ClassVar[int]

@@ -66,11 +66,6 @@ class AdapterServiceStub:
                 request_serializer=lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.GetVersionRequest.SerializeToString,
                 response_deserializer=lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.GetVersionResponse.FromString,
                 _registered_method=True)
-        self.SetAlias = channel.unary_unary(
-                '/lorafleet.registry.v1.AdapterService/SetAlias',
-                request_serializer=lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
-                response_deserializer=lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
-                _registered_method=True)
         self.PromoteVersion = channel.unary_unary(
                 '/lorafleet.registry.v1.AdapterService/PromoteVersion',
                 request_serializer=lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.PromoteVersionRequest.SerializeToString,
@@ -177,16 +172,9 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def SetAlias(self, request, context):
-        """Points an alias at a version, whatever was measured; the alias is made where it is new.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def PromoteVersion(self, request, context):
         """Points an alias at a version that is measured to be better than what it points at: FAILED_PRECONDITION, with both
-        losses, where it is not, unless forced.
+        losses, where it is not, unless forced. An alias that is new has nothing to be better than.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -299,11 +287,6 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.GetVersion,
                     request_deserializer=lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.GetVersionRequest.FromString,
                     response_serializer=lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.GetVersionResponse.SerializeToString,
-            ),
-            'SetAlias': grpc.unary_unary_rpc_method_handler(
-                    servicer.SetAlias,
-                    request_deserializer=lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.SetAliasRequest.FromString,
-                    response_serializer=lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.SetAliasResponse.SerializeToString,
             ),
             'PromoteVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.PromoteVersion,
@@ -508,33 +491,6 @@ class AdapterService:
             '/lorafleet.registry.v1.AdapterService/GetVersion',
             lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.GetVersionRequest.SerializeToString,
             lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.GetVersionResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def SetAlias(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/lorafleet.registry.v1.AdapterService/SetAlias',
-            lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
-            lorafleet_dot_proto_dot_registry_dot_v1_dot_adapters__pb2.SetAliasResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,6 +4,8 @@ Blocks of ``sh`` and ``python`` are run. A comment on the line before a block sa
 
 ``<!-- not run: REASON -->``
     It is not run.
+``<!-- install -->``
+    It is run in a clone, apart from the others.
 ``<!-- postgres -->``
     It is run where there is a PostgreSQL server, in the order of such blocks, apart from the others.
 
@@ -31,6 +33,7 @@ _BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<kind>sh|python)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 _PORT = re.compile(r"(?<=:)(?:50051|50052|8000|8001|8443)\b")
+APART = ("install", "postgres")
 LIMIT_S = 120.0
 
 
@@ -42,7 +45,8 @@ class Block:
     """Of the page, where it begins."""
     not_run: str = ""
     """Why, where it is not."""
-    postgres: bool = False
+    apart: str = ""
+    """Where it is run, if not with the others."""
 
 
 def blocks(text: str) -> list[Block]:
@@ -54,9 +58,10 @@ def blocks(text: str) -> list[Block]:
     for match in _BLOCK.finditer(text):
         mark, line = match["mark"] or "", text.count("\n", 0, match.start()) + 1
         reason = mark.removeprefix("not run: ") if mark.startswith("not run: ") else ""
-        if mark and not reason and mark != "postgres":
-            raise ValueError(f"line {line}: found the comment {mark!r}, expected `not run: REASON` or `postgres`")
-        found.append(Block(match["kind"], match["text"], line, reason, mark == "postgres"))
+        if mark and not reason and mark not in APART:
+            expected = f"`not run: REASON`, `{'` or `'.join(APART)}`"
+            raise ValueError(f"line {line}: found the comment {mark!r}, expected {expected}")
+        found.append(Block(match["kind"], match["text"], line, reason, mark if mark in APART else ""))
     return found
 
 
@@ -91,9 +96,11 @@ def programs(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def running(folder: Path, programs: Path, variables: Mapping[str, str]) -> Iterator[Runner]:
+def running(
+    folder: Path, programs: Path, variables: Mapping[str, str], *, limit_s: float = LIMIT_S
+) -> Iterator[Runner]:
     """A runner whose blocks begin in an empty folder; all that they left running is ended with it."""
-    runner = Runner(folder, programs, variables)
+    runner = Runner(folder, programs, variables, limit_s=limit_s)
     try:
         yield runner
     finally:
@@ -103,8 +110,9 @@ def running(folder: Path, programs: Path, variables: Mapping[str, str]) -> Itera
 
 
 class Runner:
-    def __init__(self, folder: Path, programs: Path, variables: Mapping[str, str]) -> None:
-        self.folder, self._private = folder / "work", folder
+    def __init__(self, folder: Path, programs: Path, variables: Mapping[str, str], *, limit_s: float) -> None:
+        """``limit_s``: of a block."""
+        self.folder, self._private, self._limit_s = folder / "work", folder, limit_s
         self.folder.mkdir()
         self.groups: list[int] = []
         self._ports: dict[str, str] = {}
@@ -140,9 +148,9 @@ class Runner:
             )
             self.groups.append(done.pid)
             try:
-                code: int | str = done.wait(LIMIT_S)
+                code: int | str = done.wait(self._limit_s)
             except subprocess.TimeoutExpired:
-                code = f"no end within {LIMIT_S:g} s"
+                code = f"no end within {self._limit_s:g} s"
             said.seek(0)
             output = said.read().decode(errors="replace")
         if code != 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +11,12 @@ import pytest
 from lorafleet.adapters import LoraAdapter, LoraPair
 from lorafleet.adapters.base_shapes import base_shapes
 from lorafleet.assets import base_path
-from tests.docs.pages import Block, Failed, Runner, blocks, page, programs, running
+from tests.docs.pages import ROOT, Block, Failed, Runner, blocks, page, programs, running
 from tests.registry.conftest import PostgresServer, postgres_server
 
 __all__ = ["postgres_server"]  # a fixture
 
-# What cannot be run here, by page: a reason stands at each block.
-NOT_RUN = {"operating.md": 2, "api.md": 1}
+PAGES = ("operating.md", "api.md")
 
 
 def write_adapter(folder: Path, seed: int) -> None:
@@ -51,11 +51,11 @@ def runner(tmp_path: Path, ready: Path) -> Iterator[Runner]:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", NOT_RUN)
+@pytest.mark.parametrize("name", PAGES)
 def test_every_block_of_a_page_runs(runner: Runner, name: str) -> None:
     found = page(name)
-    assert sum(bool(block.not_run) for block in found) == NOT_RUN[name]
-    several = [block for block in found if not block.not_run and not block.postgres]
+    assert not [block for block in found if block.not_run]
+    several = [block for block in found if not block.apart]
     assert len(several) > 5
     said = runner.run(several)
     if name == "api.md":  # every example of a call is answered by the adapter that it names
@@ -65,10 +65,28 @@ def test_every_block_of_a_page_runs(runner: Runner, name: str) -> None:
 @pytest.mark.process
 @pytest.mark.postgres
 def test_every_block_about_postgresql_runs(tmp_path: Path, ready: Path, postgres_server: PostgresServer) -> None:
-    several = [block for block in page("operating.md") if block.postgres]
+    several = [block for block in page("operating.md") if block.apart == "postgres"]
     assert len(several) >= 3
     with running(tmp_path, ready, {"PGHOST": str(postgres_server.folder), "PGUSER": "postgres"}) as runner:
         runner.run(several)
+
+
+@pytest.mark.process
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_clone_is_installed_as_the_page_says(tmp_path: Path, ready: Path) -> None:
+    """Into an environment of its own, with what the extra `server` names and nothing else; as `make` needs, pip's
+    index."""
+    (block,) = [block for block in page("operating.md") if block.apart == "install"]
+    with running(tmp_path, ready, {}, limit_s=800.0) as runner:
+        for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, runner.folder)
+        shutil.copytree(
+            ROOT / "lorafleet", runner.folder / "lorafleet", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+        )
+        runner.run([block])
+        (version,) = runner.run([Block("sh", ".venv/bin/lorafleet serve --help && .venv/bin/lorafleet --version\n", 0)])
+        assert "--registry" in version
 
 
 # That the runner finds what is wrong
@@ -117,7 +135,7 @@ def test_blocks_are_run_in_order_with_what_came_before(tmp_path: Path, ready: Pa
 
 
 def test_a_comment_that_is_no_mark_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected `not run: REASON` or `postgres`"):
+    with pytest.raises(ValueError, match="expected `not run: REASON`, `install` or `postgres`"):
         blocks("<!-- skip -->\n```sh\ntrue\n```\n")
     with pytest.raises(ValueError, match="line 2: found an indented block"):
         blocks("1. One\n   ```sh\n   true\n   ```\n")

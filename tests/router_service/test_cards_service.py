@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
+from pathlib import Path
 
 from lorafleet.engine import Engine
-from lorafleet.registry import Version
+from lorafleet.registry import Registry, Version
 from tests.router_service.conftest import Connect, Experts, Fleet, Serve
 
 
@@ -58,3 +60,23 @@ def test_the_model_decides_among_those_whose_cards_are_near(
     add(fleet, experts)
     decision = connect(serve(router="cards+likelihood")).route("3141592653589793")
     assert decision.router == "cards+likelihood" and decision.candidates[0].reference == "acme/digits:1"
+
+
+def test_a_promotion_reaches_a_running_service_within_five_seconds(
+    fleet: Fleet, experts: Experts, serve: Serve, connect: Connect, tmp_path: Path
+) -> None:
+    """By another process's hand, which the service is not told of; where it chooses as where it is asked by name."""
+    first, _ = add(fleet, experts)
+    fleet.registry.promote(first)
+    second = fleet.registry.add_version("acme", "digits", experts.letters, card=fleet.registry.card(first))
+    client = connect(serve(router="cards"))
+    assert client.route("digits of pi").candidates[0].reference == first.reference
+    with Registry.open(f"sqlite:///{tmp_path / 'registry.db'}", tmp_path / "blobs") as elsewhere:
+        elsewhere.promote(second, force=True)
+    began = time.monotonic()
+    while client.route("digits of pi").candidates[0].reference != second.reference:
+        assert time.monotonic() - began < 5.0
+    for model in ("acme/digits", "auto"):
+        answered = client.generate("digits of pi", model=model, max_tokens=2)
+        assert [part.digest for part in answered.mix] == [second.digest]
+    assert time.monotonic() - began < 5.0

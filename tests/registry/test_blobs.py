@@ -146,6 +146,28 @@ def test_damaged_blob_is_refused_and_put_repairs_it(folder: Path, damage: Callab
     assert files(folder) == before
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_of_what_is_stored_a_flipped_bit_anywhere_is_refused_or_changes_nothing(folder: Path, name: str) -> None:
+    """The digest is of the values: no bit of them can change unseen, as one of a file that is imported may."""
+    blobs = BlobStore(folder)
+    pair = LoraPair(torch.tensor([[1.5, -2.0, 0.25]]), torch.tensor([[3.0], [-0.5]]))
+    digest = blobs.put(LoraAdapter({"a.b": pair}))
+    file = blobs.path(digest) / name
+    whole = file.read_bytes()
+    values = 8 + int.from_bytes(whole[:8], "little") if name.endswith("safetensors") else len(whole)
+    refused = 0
+    for at in range(len(whole)):
+        for bit in range(8) if at >= values else [at % 8]:
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            try:
+                found = blobs.read(digest)
+            except UnavailableError:
+                refused += 1
+            else:
+                assert at < values and found.digest == digest
+    assert refused > len(whole) / 3
+
+
 @pytest.mark.parametrize("adopted", [False, True])
 def test_weights_that_cannot_be_read_now_are_not_taken_for_damaged(
     folder: Path, monkeypatch: pytest.MonkeyPatch, adopted: bool

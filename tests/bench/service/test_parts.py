@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafleet.bench.service import isolation, load, routes, timing
+from lorafleet.bench.service import isolation, load, names, routes, timing
 from lorafleet.bench.service.asks import LOST, Ask, Outcome, Run, poisson, read_outcomes, write_outcomes
 from lorafleet.bench.service.figures import quantile, roc_area, slope
 from lorafleet.bench.service.harness import MemorySample
@@ -182,6 +182,30 @@ def test_a_cache_that_others_share_is_seen_and_a_probe_without_a_token_is_an_err
         timing.area(asks[:2], [outcome(), outcome("UNAVAILABLE")])
 
 
+def test_names_that_are_there_and_that_are_not_are_asked_for_by_the_toss_of_a_coin() -> None:
+    known = names.Names(("v/a:1", "v/b:1"), ("v/c:1", "v/d:1"))
+    asks, there = names.plan(known, probes=400, key="p", door="completion", rng=random.Random(1))
+    assert [ask.model in known.there for ask in asks] == there and 150 < sum(there) < 250
+    assert {ask.model for ask in asks} == {*known.there, *known.missing}
+
+
+def test_a_refusal_that_takes_longer_where_something_is_there_is_a_miss() -> None:
+    rng = random.Random(1)
+    tosses = [rng.random() < 0.5 for _ in range(400)]
+
+    def refused(slower: float) -> list[Outcome | None]:
+        return [
+            outcome("NOT_FOUND", at_s=1.0, ended_s=1.0 + rng.uniform(0.9, 1.1) * (slower if there else 1.0))
+            for there in tosses
+        ]
+
+    areas = [roc_area(*names.times(refused(slower), tosses, refused_as="NOT_FOUND")) for slower in (1.0, 1.05)]
+    assert [names.verdict("generate", "left", area).met for area in areas] == [True, False]
+    assert [names.verdict("generate", "control", area).met for area in areas] == [False, True]
+    with pytest.raises(UnavailableError, match="'OK '"):
+        names.times([outcome()], [False], refused_as="NOT_FOUND")
+
+
 # Load
 
 
@@ -247,7 +271,7 @@ def test_a_router_without_a_model_has_a_rate_and_a_latency_to_meet() -> None:
 
 
 def test_an_unknown_scenario_lists_the_known_ones() -> None:
-    with pytest.raises(UnknownNameError, match="isolation, load, route, timing"):
+    with pytest.raises(UnknownNameError, match="isolation, load, names, route, timing"):
         ServiceSettings(scenarios=("speed",))
 
 

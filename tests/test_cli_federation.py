@@ -112,6 +112,34 @@ def test_an_invitation_is_shown_once_and_a_member_is_revoked(lorafleet: Command,
     assert "'ghost'" in lorafleet("federation", "revoke", file, "ghost", status=1)[1]
 
 
+def test_the_audit_has_whoever_ran_a_command_or_was_named(
+    lorafleet: Command, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "ada")  # what getpass asks first
+    here = ["--registry", f"sqlite:///{file.parent}/registry.db", "--blobs", file.parent / "blobs"]
+    accept = ["federation", "accept", "--public-key", key_file(file.parent), *here]
+    lorafleet("federation", "create", file)
+    first, second = (
+        lorafleet.json("federation", "invite", file, "--tenant", "acme", *by)["token"] for by in ([], ["--by", "bob"])
+    )
+    lorafleet(*accept, first, "--member", "alder", "--by", "bob")
+    lorafleet("federation", "pause", file, "--by", "bob")
+    lorafleet("federation", "revoke", file, "acme")
+    lorafleet("federation", "withdraw", file, second.split("_")[1])
+    found = lorafleet.json("audit", "list", "--tenant", "operator", *here)
+    assert [(e["by"], e["action"], e["subject"]) for e in found] == [
+        ("ada", "tenant.create", "operator"),
+        ("ada", "federation.create", "operator/fleet"),
+        ("ada", "member.add", "acme"),
+        ("ada", "invitation.create", first.split("_")[1]),
+        ("bob", "invitation.create", second.split("_")[1]),
+        ("bob", "invitation.accept", first.split("_")[1]),
+        ("bob", "federation.state", "operator/fleet"),
+        ("ada", "member.revoke", "acme"),
+        ("ada", "invitation.withdraw", second.split("_")[1]),
+    ]
+
+
 def test_status_tells_rounds_and_members_from_the_registry(
     lorafleet: Command, trained: tuple[Place, list[str]]
 ) -> None:
@@ -220,6 +248,7 @@ def test_an_invitation_is_accepted_where_the_registry_is(lorafleet: Command, fil
     members = {m["key"]: m["proves_itself"] for m in lorafleet.json("federation", "status", file)["members"]}
     assert members == {"acme": False, "alder": True}
     assert "expected --superlink, or" in lorafleet(*command, status=2)[1]
+    assert "--by is for --registry" in lorafleet(*command, "--superlink", "x:1", "--by", "ada", status=2)[1]
     assert "ssh-keygen" in lorafleet(*command[:-1], file, *here, status=1)[1]
 
 

@@ -76,6 +76,7 @@ def create(
     file: Annotated[
         Path, typer.Argument(metavar="FEDERATION.toml", help="What is agreed: base, rule, limits, members.")
     ],
+    by: By = None,
     json: JsonFlag = False,
 ) -> None:
     """Register a federation as its file has it, with its tenants, base and members; what is there already stays.
@@ -88,7 +89,7 @@ def create(
 
     config = CoordinatorConfig.load(file)
     with Registry.open(config.registry, config.blobs) as store:
-        federation = register(config, store)
+        federation = register(config, store, by=stores.operator(by))
         members = store.members(federation)
     if json:
         print_json(
@@ -111,11 +112,12 @@ def invite(
     days: Annotated[float, typer.Option(help="For how long it can be accepted.")] = 7.0,
     registry: RegistryUrl = None,
     blobs: BlobFolder = None,
+    by: By = None,
     json: JsonFlag = False,
 ) -> None:
     """Make an invitation, and print its token: who has that can become a member, once. It is shown only now."""
     with _opened(federation, registry, blobs) as (store, found):
-        invitation, token = store.invite(found, tenant=tenant, for_s=days * DAY_S)
+        invitation, token = store.invite(found, tenant=tenant, for_s=days * DAY_S, by=stores.operator(by))
     if json:
         print_json({"token": token, **_invitation_fields(invitation)})
     else:
@@ -198,6 +200,7 @@ def accept(
         str | None, typer.Option(metavar="URL", help="Of the registry, where you reach it yourself; with --blobs.")
     ] = None,
     blobs: Annotated[str | None, typer.Option(metavar="DIR|URL", help="The registry's weights.")] = None,
+    by: By = None,
     json: JsonFlag = False,
 ) -> None:
     """Accept an invitation: your node's key is registered, and `client join --private-key` may follow.
@@ -208,6 +211,8 @@ def accept(
 
     if (superlink is None) == (registry is None) or (registry is None) != (blobs is None):
         raise typer.BadParameter("expected --superlink, or --registry and --blobs")
+    if superlink is not None and by is not None:
+        raise typer.BadParameter("--by is for --registry: through the proxy it is the member who accepts")
     key = read_public_key(public_key)
     if token == "-":
         token = (getpass.getpass("token: ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
@@ -220,7 +225,7 @@ def accept(
 
         assert registry is not None and blobs is not None
         with Registry.open(registry, blobs) as store:
-            found = store.accept_invitation(token, key=member, public_key=key)
+            found = store.accept_invitation(token, key=member, public_key=key, by=stores.operator(by))
             made = {"member": found.key, "tenant": found.tenant}
     if json:
         print_json(made)

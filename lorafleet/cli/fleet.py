@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorafleet.cli import stores
 from lorafleet.cli.output import JsonFlag, print_json
 from lorafleet.stopping import interruptible
 
@@ -202,4 +203,4 @@ def run(
     from lorafleet.coordinator.launch import run as run_federation
 
     with interruptible():  # so that the run on the SuperLink is stopped, too, whatever else comes meanwhile
-        run_federation(federation, resume)
+        run_federation(federation, resume, by=stores.operator(None))

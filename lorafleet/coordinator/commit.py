@@ -258,6 +258,7 @@ def commit(
         report={**report, "staying": {label: version.number for label, version in staying.items()}},
         counted={key: shared[name_of(key)] for key in counted},
         token=parts.token,
+        by=parts.owner,
     )
     ours = [(expert.name, expert.weights.digest) for expert in new]
     # A round that is committed already stays as it is, and gives what was committed then.

@@ -33,8 +33,8 @@ ASK_TIMEOUT_S = 60.0
 _WORDS: dict[str, Any] = {"encoding": "utf-8", "errors": "replace"}
 
 
-def run(federation_toml: Path, resume: bool = False) -> None:
-    """Register what the file names and run its rounds; Flower's log goes to stderr.
+def run(federation_toml: Path, resume: bool = False, by: str = "") -> None:
+    """Register what the file names and run its rounds; Flower's log goes to stderr. ``by`` is for the audit.
 
     Raises InvalidInputError where the federation was registered with other terms, or has rounds already and ``resume``
     is not set; BudgetSpentError where its privacy leaves no further round; UnavailableError where it was stopped, or
@@ -43,7 +43,7 @@ def run(federation_toml: Path, resume: bool = False) -> None:
     config = CoordinatorConfig.load(federation_toml)
     registry = Registry.open(config.registry, config.blobs)
     try:
-        federation = register(config, registry)
+        federation = register(config, registry, by=by)
         rounds = registry.rounds(federation)
         done = [r.number for r in rounds if r.state == "committed"]
     finally:
@@ -68,8 +68,10 @@ def run(federation_toml: Path, resume: bool = False) -> None:
     )
 
 
-def register(config: CoordinatorConfig, registry: Registry) -> Federation:
+def register(config: CoordinatorConfig, registry: Registry, *, by: str = "") -> Federation:
     """Tenants, base, federation and members as the file names them; what is there already stays.
+
+    ``by`` is who does it, for the audit.
 
     Raises InvalidInputError, and writes nothing, where the federation was registered with other terms.
     """
@@ -82,7 +84,7 @@ def register(config: CoordinatorConfig, registry: Registry) -> Federation:
         _confirm(config, base.digest, federation, registry)
     for name in sorted({settings.tenant, *config.members.values()}):
         with contextlib.suppress(AlreadyExistsError):
-            registry.create_tenant(name)
+            registry.create_tenant(name, by=by)
     if federation is None:
         record = registry.register_base(
             base.name,
@@ -92,12 +94,12 @@ def register(config: CoordinatorConfig, registry: Registry) -> Federation:
             shapes=base_shapes(base.path),
         )
         federation = registry.create_federation(
-            settings.tenant, settings.name, base=record.digest, settings=settings.to_dict()
+            settings.tenant, settings.name, base=record.digest, settings=settings.to_dict(), by=by
         )
     known = {member.key for member in registry.members(federation)}
     for key, tenant in sorted(config.members.items()):
         if key not in known:
-            registry.add_member(federation, key, tenant=tenant)
+            registry.add_member(federation, key, tenant=tenant, by=by)
     return federation
 
 

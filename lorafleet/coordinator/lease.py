@@ -94,6 +94,11 @@ class FederationLease:
         """What the registry knows this holder by; whoever takes the lease later has a higher one."""
         return self._token
 
+    @property
+    def owner(self) -> str:
+        """The name that it is taken under, one for each run."""
+        return self._owner
+
     def _ask(self) -> Lease:
         return self._registry.take_lease(self._federation, self._owner, for_s=LEASE_S)
 

@@ -36,5 +36,7 @@ class Parts:
     """Raises UnavailableError where another coordinator has the federation by now; asked before long work."""
     token: int | None = None
     """The fencing token of the lease that this run holds: the registry refuses what an earlier holder writes."""
+    owner: str = ""
+    """Of that lease: who commits rounds, for the registry's audit."""
     failpoint: Callable[[str], None] = lambda name: None
     """Called with each of FAILPOINTS as the loop passes it; a test kills the process here."""

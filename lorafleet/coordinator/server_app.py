@@ -62,9 +62,19 @@ def main(grid: Grid, context: Context) -> None:
             node_keys=control.node_keys,
         )
         with FederationLease(registry, federation) as lease:
-            log.info("process %d holds the lease on %s, token %d", os.getpid(), federation.reference, lease.token)
+            log.info(
+                "process %d holds the lease on %s, token %d, as %s",
+                os.getpid(), federation.reference, lease.token, lease.owner,
+            )  # fmt: skip
             parts = Parts(
-                registry, transport, reducer, digest, base_shapes(base), check_lease=lease.check, token=lease.token
+                registry,
+                transport,
+                reducer,
+                digest,
+                base_shapes(base),
+                check_lease=lease.check,
+                token=lease.token,
+                owner=lease.owner,
             )
             run_federation(settings, federation, parts)
     finally:

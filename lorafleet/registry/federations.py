@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -67,8 +67,11 @@ def lock(session: Session, federation_id: int) -> FederationRow:
 
 def set_state(
     session: Session, federation: Federation, state: FederationState, by: str, reason: str, now: float
-) -> Federation:
-    """The federation afterwards. In the state that it is in it stays as it was put there; a stopped one stays so."""
+) -> tuple[Federation, FederationState]:
+    """The federation afterwards, and the state that it was in; in that one it stays as it was put there.
+
+    A stopped one stays so.
+    """
     if state not in get_args(FederationState):
         raise InvalidInputError(f"found the state {state!r}, expected one of: {', '.join(get_args(FederationState))}")
     check_who("federation", by)
@@ -77,16 +80,20 @@ def set_state(
         raise InvalidInputError(
             f"federation {federation.reference} was stopped, which is for good; create another one under another name"
         )
-    if row.state != state:
+    before = cast(FederationState, row.state)
+    if before != state:
         row.state, row.state_at, row.state_by, row.state_reason = state, now, by, storable(reason)
         session.flush()
-    return get(session, federation.tenant, federation.name)
+    return get(session, federation.tenant, federation.name), before
 
 
 def add_member(
     session: Session, federation: Federation, key: str, tenant_name: str, now: float, *, public_key: str = ""
-) -> Member:
-    """The same key of the same tenant again changes nothing but to add a public key; of another tenant it is taken."""
+) -> tuple[Member, Literal["new", "public_key"] | None]:
+    """The member, and what this call changed: it is new, or got a public key; None for nothing.
+
+    A key that is a member's of another tenant is taken.
+    """
     if not 0 < len(key) <= 500 or not key.isprintable():
         raise InvalidInputError(f"found the member key {key!r}, expected 1 to 500 printable characters")
     if len(public_key) > 2000 or not public_key.isprintable():
@@ -102,7 +109,9 @@ def add_member(
             f"the public key of {key!r} is another member's in federation {federation.reference}; make a new one"
         )
     known = next((member for member in here if member.key == key), None)
+    changed: Literal["new", "public_key"] | None = None
     if known is None:
+        changed = "new"
         session.add(
             MemberRow(
                 federation_id=federation_id,
@@ -121,20 +130,24 @@ def add_member(
             "every member has a key of its own"
         )
     elif public_key and not known.public_key:
+        changed = "public_key"
         _member_row(session, federation, key).public_key = public_key
     session.flush()
-    return next(member for member in members(session, federation) if member.key == key)
+    return next(member for member in members(session, federation) if member.key == key), changed
 
 
-def revoke_member(session: Session, federation: Federation, key: str, by: str, reason: str, now: float) -> Member:
-    """The member afterwards; one that is revoked already stays so for its first reason."""
+def revoke_member(
+    session: Session, federation: Federation, key: str, by: str, reason: str, now: float
+) -> tuple[Member, bool]:
+    """The member afterwards, and whether this call revoked it; one that is revoked stays so for its first reason."""
     check_who(f"member {key!r}", by)
     lock(session, federation.id)
     row = _member_row(session, federation, key)
-    if row.revoked_at is None:
+    changed = row.revoked_at is None
+    if changed:
         row.revoked_at, row.revoked_by, row.revoked_reason = now, by, storable(reason)
         session.flush()
-    return next(member for member in members(session, federation) if member.key == key)
+    return next(member for member in members(session, federation) if member.key == key), changed
 
 
 def _member_row(session: Session, federation: Federation, key: str) -> MemberRow:

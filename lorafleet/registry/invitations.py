@@ -16,7 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from lorafleet.errors import AlreadyExistsError, InvalidInputError
-from lorafleet.registry import catalog, federations
+from lorafleet.registry import audit, catalog, federations
 from lorafleet.registry.database import locked
 from lorafleet.registry.records import Federation, Invitation, Invited, Member
 from lorafleet.registry.references import not_found
@@ -53,8 +53,10 @@ def check(session: Session, token: str) -> None:
     _open(session, token, lock=False)
 
 
-def accept(session: Session, token: str, key: str, public_key: str, now: float) -> Member:
+def accept(session: Session, token: str, key: str, public_key: str, now: float, by: str) -> Member:
     """Register a member by an invitation; again with the same keys it gives the same member.
+
+    The audit says who did: ``by``, or the member itself where that is empty.
 
     NotFoundError for a token that is not one, was altered or is unknown, always in the same words; InvalidInputError
     where it has expired or the federation has been stopped; AlreadyExistsError where the invitation was accepted
@@ -72,9 +74,12 @@ def accept(session: Session, token: str, key: str, public_key: str, now: float) 
     _refuse_stopped(federation)
     if any(member.key == key for member in federations.members(session, federation)):
         raise AlreadyExistsError(f"the key {key!r} is a member's already; choose another one")
-    member = federations.add_member(session, federation, key, tenant_name, now, public_key=public_key)
+    member, _ = federations.add_member(session, federation, key, tenant_name, now, public_key=public_key)
     row.accepted_at, row.member_key = now, key
     session.flush()
+    # A key may be longer than who did something; whole it is in the details.
+    details = {"federation": federation.reference, "invited": tenant_name, "member": key}
+    audit.write(session, federation.tenant, "invitation.accept", row.code, now, by or key[:100], details)
     return member
 
 

@@ -648,10 +648,14 @@ class Registry:
 
     # Federations, rounds, the journal
 
-    def create_federation(self, tenant: str, name: str, *, base: str, settings: Mapping[str, Any]) -> Federation:
+    def create_federation(
+        self, tenant: str, name: str, *, base: str, settings: Mapping[str, Any], by: str = ""
+    ) -> Federation:
         """A new federation owned by a tenant; ``settings`` has to be a JSON object."""
         with self._database.write() as session:
-            return federations.create(session, tenant, name, base, settings, self._clock())
+            made = federations.create(session, tenant, name, base, settings, self._clock())
+            self._note(session, tenant, "federation.create", made.reference, by, base=made.base)
+            return made
 
     def federation(self, tenant: str, name: str) -> Federation:
         with self._database.read() as session:
@@ -665,16 +669,27 @@ class Registry:
         InvalidInputError where it is to go on after it was stopped.
         """
         with self._database.write() as session:
-            return federations.set_state(session, federation, state, by, reason, self._clock())
+            found, before = federations.set_state(session, federation, state, by, reason, self._clock())
+            if before != state:
+                details = {"state": state, "before": before, "reason": found.state_reason}
+                self._note(session, found.tenant, "federation.state", found.reference, by, **details)
+            return found
 
-    def add_member(self, federation: Federation, key: str, *, tenant: str, public_key: str = "") -> Member:
+    def add_member(
+        self, federation: Federation, key: str, *, tenant: str, public_key: str = "", by: str = ""
+    ) -> Member:
         """Admit a data owner; from now on its tenant may use the federation's experts. Idempotent.
 
         ``public_key``, one line, is what its node has to prove itself by. AlreadyExistsError where one of the two keys
         is another member's. A member that was revoked stays so.
         """
         with self._database.write() as session:
-            member = federations.add_member(session, federation, key, tenant, self._clock(), public_key=public_key)
+            member, changed = federations.add_member(
+                session, federation, key, tenant, self._clock(), public_key=public_key
+            )
+            if changed is not None:
+                action = "member.add" if changed == "new" else "member.public_key"
+                self._note_member(session, federation, action, member, by)
             bump_revision(session)
             return member
 
@@ -684,9 +699,17 @@ class Registry:
         Versions that were made before stay its tenant's to use, later ones are not (:meth:`may_use`).
         """
         with self._database.write() as session:
-            member = federations.revoke_member(session, federation, key, by, reason, self._clock())
+            member, changed = federations.revoke_member(session, federation, key, by, reason, self._clock())
+            if changed:
+                self._note_member(session, federation, "member.revoke", member, by, reason=member.revoked_reason)
             bump_revision(session)
             return member
+
+    def _note_member(
+        self, session: Session, federation: Federation, action: str, member: Member, by: str, **details: Any
+    ) -> None:
+        details = {"federation": federation.reference, "whose": member.tenant, **details}
+        self._note(session, federation.tenant, action, member.key, by, **details)
 
     def members(self, federation: Federation) -> list[Member]:
         """By key, with those who were revoked."""
@@ -698,16 +721,22 @@ class Registry:
         with self._database.read() as session:
             return federations.public_keys(session)
 
-    def invite(self, federation: Federation, *, tenant: str, for_s: float) -> Invited:
+    def invite(self, federation: Federation, *, tenant: str, for_s: float, by: str = "") -> Invited:
         """Invite somebody to become a member for a tenant within ``for_s``; the token is given this once.
 
         InvalidInputError where the federation has been stopped.
         """
         with self._database.write() as session:
-            return invitations.create(session, federation, tenant, for_s, self._clock())
+            made = invitations.create(session, federation, tenant, for_s, self._clock())
+            invitation = made.invitation
+            details = {"federation": federation.reference, "invited": tenant, "expires_at": invitation.expires_at}
+            self._note(session, federation.tenant, "invitation.create", invitation.code, by, **details)
+            return made
 
-    def accept_invitation(self, token: str, *, key: str, public_key: str = "") -> Member:
+    def accept_invitation(self, token: str, *, key: str, public_key: str = "", by: str = "") -> Member:
         """Register the member ``key`` by an invitation, which ends it; again with the same keys it gives the same.
+
+        Without ``by``, it was the member itself.
 
         NotFoundError for a token that opens nothing, in one and the same words; InvalidInputError where it has expired
         or the federation has been stopped; AlreadyExistsError where it was accepted before, or a key is somebody's.
@@ -715,7 +744,7 @@ class Registry:
         with self._database.read() as session:
             invitations.check(session, token)
         with self._database.write() as session:
-            member = invitations.accept(session, token, key, public_key, self._clock())
+            member = invitations.accept(session, token, key, public_key, self._clock(), by)
             bump_revision(session)
             return member
 
@@ -831,6 +860,7 @@ class Registry:
         report: Mapping[str, Any],
         counted: Mapping[UpdateKey, float] = MappingProxyType({}),
         token: int | None = None,
+        by: str = "",
     ) -> list[Version]:
         """Publish a round in one transaction, and give its versions in the order of ``experts``.
 
@@ -850,6 +880,9 @@ class Registry:
                 leases.check(session, round.federation_id, token)
                 made, committed = rounds.commit(session, round, experts, report, counted, self._clock())
                 if committed:
+                    subject = f"{federation.reference} round {round.number}"
+                    experts_made = [version.reference for version in made]
+                    self._note(session, federation.tenant, "round.commit", subject, by, experts=experts_made)
                     bump_revision(session)
                 return made
 

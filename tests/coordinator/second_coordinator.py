@@ -35,7 +35,7 @@ def run(folder: Path) -> None:
     registry, federation, parts = start(folder, transport, SETTINGS)
     with registry, FederationLease(registry, federation) as lease:
         print("works", flush=True)
-        parts = replace(parts, clock=transport.clock, check_lease=lease.check, token=lease.token)
+        parts = replace(parts, clock=transport.clock, check_lease=lease.check, token=lease.token, owner=lease.owner)
         run_federation(SETTINGS, federation, parts)
 
 

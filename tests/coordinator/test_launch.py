@@ -71,8 +71,12 @@ def load(folder: Path, find: str = "", replacement: str = "") -> CoordinatorConf
 
 
 def test_a_file_is_registered_once(tmp_path: Path, registry: Registry) -> None:
-    first = register(load(tmp_path), registry)
-    assert register(load(tmp_path), registry) == first
+    first = register(load(tmp_path), registry, by="ada")
+    assert register(load(tmp_path), registry, by="bob") == first
+    assert [(e.by, e.action, e.subject) for e in registry.audit()] == [
+        ("ada", "tenant.create", "acme"), ("ada", "tenant.create", "globex"), ("ada", "tenant.create", "operator"),
+        ("ada", "federation.create", "operator/fleet"), ("ada", "member.add", "acme"), ("ada", "member.add", "globex"),
+    ]  # fmt: skip
     assert [(m.key, m.tenant) for m in registry.members(first)] == [("acme", "acme"), ("globex", "globex")]
 
 

@@ -69,6 +69,8 @@ def test_a_lease_is_free_again_when_its_coordinator_has_ended(
     for _ in range(2):
         with held(registry, federation, world) as lease:
             lease.check()
+            found = registry.lease(federation)
+            assert found is not None and (found.owner, found.token) == (lease.owner, lease.token)
     assert world.now == 0.0
 
 
@@ -149,4 +151,7 @@ def test_of_two_coordinators_started_at_once_one_works_and_the_other_says_why_it
     assert "error: another coordinator runs operator/fleet since" in refused.stderr and "is alive" in refused.stderr
     assert (worked.returncode, worked.stdout) == (0, "works\n"), worked.stderr
     assert [r.state for r in made.rounds(federation)] == ["committed"] * 4
+    commits = [entry for entry in made.audit("operator") if entry.action == "round.commit"]
+    assert [entry.subject for entry in commits] == [f"operator/fleet round {number}" for number in range(1, 5)]
+    assert len({entry.by for entry in commits}) == 1 and len(commits[0].by) == 32  # the lease's owner
     made.close()

@@ -250,14 +250,20 @@ REGISTRY: dict[str, Callable[[Registry, str, str], object]] = {
     "usage": lambda r, one, _: r.usage(one),
     "audit": lambda r, one, _: r.audit(one),
     "create_federation": lambda r, one, other: r.create_federation("acme", one, base="small", settings={"a": other}),
+    "create_federation by": lambda r, one, other: r.create_federation("acme", one, base="small", settings={}, by=other),
     "federation": lambda r, one, other: r.federation(one, other),
     "set_federation_state": lambda r, one, other: r.set_federation_state(
         r.federation("acme", "fed"), "active", by=one, reason=other
     ),
     "add_member": lambda r, one, other: r.add_member(r.federation("acme", "fed"), one, tenant="acme", public_key=other),
+    "add_member by": lambda r, one, other: r.add_member(r.federation("acme", "fed"), one, tenant="acme", by=other),
     "revoke_member": lambda r, one, other: r.revoke_member(r.federation("acme", "fed"), one, by=other),
     "invite": lambda r, one, _: r.invite(r.federation("acme", "fed"), tenant=one, for_s=1.0),
+    "invite by": lambda r, one, _: r.invite(r.federation("acme", "fed"), tenant="acme", for_s=1.0, by=one),
     "accept_invitation": lambda r, one, other: r.accept_invitation(one, key=other, public_key=one),
+    "accept_invitation as": lambda r, one, other: r.accept_invitation(
+        r.invite(r.federation("acme", "fed"), tenant="acme", for_s=1.0).token, key=one, by=other
+    ),
     "withdraw_invitation": lambda r, one, other: r.withdraw_invitation(r.federation("acme", "fed"), one, by=other),
     "take_lease": lambda r, one, _: r.take_lease(r.federation("acme", "fed"), one, for_s=1.0),
     "record_update": lambda r, one, other: r.record_update(

@@ -93,6 +93,7 @@ def test_round_opened_and_committed_by_two_coordinators_has_one_result(registry:
     assert all(result == results[0] for result in results)
     assert [len(registry.versions("acme", name)) for name in ("a", "b", "c")] == [1, 1, 1]
     assert len(registry.rounds(federation)) == 1
+    assert [entry.action for entry in registry.audit("acme")].count("round.commit") == 1
 
 
 def test_no_update_enters_a_round_after_its_commit_read_the_journal(registry: Registry, second: Registry) -> None:

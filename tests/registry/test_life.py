@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -191,7 +192,7 @@ def test_an_invitation_that_is_taken_back_opens_nothing_and_is_in_the_audit(
     for where, code in ((federation, gone.code), (other, kept.code), (federation, ""), (federation, "../x")):
         with pytest.raises(NotFoundError):
             registry.withdraw_invitation(where, code)
-    entry = registry.audit("acme")[-1]
+    entry = next(entry for entry in reversed(registry.audit("acme")) if entry.action == "invitation.withdraw")
     assert (entry.action, entry.subject, entry.by) == ("invitation.withdraw", gone.code, "ada")
     assert entry.details == {"federation": federation.reference, "invited": "rival"}
 
@@ -266,6 +267,99 @@ def test_the_database_neither_holds_the_secret_nor_can_widen_what_it_grants(
     engine.dispose()
     with pytest.raises(NotFoundError):
         registry.accept_invitation(token.replace(invitation.code, "abcdef") if "code" in change else token, key="a")
+
+
+# The audit
+
+
+def said(registry: Registry, *, after: int) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """Who did what, on what, with which details, in the entries behind one."""
+    return [(e.by, e.action, e.subject, dict(e.details)) for e in registry.audit("acme") if e.id > after]
+
+
+def test_the_audit_says_who_made_a_federation_and_put_it_into_which_state(registry: Registry) -> None:
+    start = registry.audit()[-1].id
+    made = registry.create_federation("acme", "fed", base="tiny", settings={"rule": "exact"}, by="ada")
+    with pytest.raises(AlreadyExistsError):
+        registry.create_federation("acme", "fed", base="tiny", settings={}, by="bob")
+    registry.set_federation_state(made, "active", by="bob")
+    registry.set_federation_state(made, "paused", by="bob", reason="a look \0")
+    registry.set_federation_state(made, "paused", by="eve", reason="again")
+    registry.set_federation_state(made, "active", by="ada")
+    registry.set_federation_state(made, "stopped", by="ada", reason="done")
+    with pytest.raises(InvalidInputError):
+        registry.set_federation_state(made, "active", by="eve")
+    looked = "a look \N{REPLACEMENT CHARACTER}"
+    assert said(registry, after=start) == [
+        ("ada", "federation.create", "acme/fed", {"base": "tiny"}),
+        ("bob", "federation.state", "acme/fed", {"state": "paused", "before": "active", "reason": looked}),
+        ("ada", "federation.state", "acme/fed", {"state": "active", "before": "paused", "reason": ""}),
+        ("ada", "federation.state", "acme/fed", {"state": "stopped", "before": "active", "reason": "done"}),
+    ]
+
+
+def test_the_audit_says_who_added_and_revoked_a_member(registry: Registry, federation: Federation) -> None:
+    start = registry.audit()[-1].id
+    for public_key in ("", "", KEY, KEY, ""):
+        registry.add_member(federation, "a", tenant="rival", public_key=public_key, by="ada")
+    with pytest.raises(AlreadyExistsError):
+        registry.add_member(federation, "a", tenant="acme", by="eve")
+    for reason in ("left", "another"):
+        registry.revoke_member(federation, "a", by="bob", reason=reason)
+    with pytest.raises(NotFoundError):
+        registry.revoke_member(federation, "ghost", by="eve")
+    where = {"federation": "acme/fed", "whose": "rival"}
+    assert said(registry, after=start) == [
+        ("ada", "member.add", "a", where),
+        ("ada", "member.public_key", "a", where),
+        ("bob", "member.revoke", "a", {**where, "reason": "left"}),
+    ]
+    assert KEY not in repr(registry.audit()) and [e.tenant for e in registry.audit("rival")] == ["rival"]
+
+
+def test_the_audit_says_who_invited_and_who_accepted_and_never_the_token(
+    registry: Registry, federation: Federation
+) -> None:
+    start, long = registry.audit()[-1].id, "m" * 500
+    made = [registry.invite(federation, tenant="rival", for_s=60.0, by="ada") for _ in range(3)]
+    for _ in range(2):
+        registry.accept_invitation(made[0].token, key="a", public_key=KEY)
+        registry.accept_invitation(made[1].token, key=long)
+        registry.accept_invitation(made[2].token, key="c", by="bob")
+    with pytest.raises(AlreadyExistsError):
+        registry.accept_invitation(made[0].token, key="d", by="eve")
+    where = {"federation": "acme/fed", "invited": "rival"}
+    first, second, third = (each.invitation.code for each in made)
+    assert said(registry, after=start) == [
+        *(("ada", "invitation.create", code, {**where, "expires_at": 1060.0}) for code in (first, second, third)),
+        ("a", "invitation.accept", first, {**where, "member": "a"}),
+        (long[:100], "invitation.accept", second, {**where, "member": long}),
+        ("bob", "invitation.accept", third, {**where, "member": "c"}),
+    ]
+    assert not any(each.token.split("_", 2)[2] in repr(registry.audit()) for each in made)
+
+
+def test_an_invitation_is_accepted_by_somebody_who_can_be_named_or_not_at_all(
+    registry: Registry, federation: Federation
+) -> None:
+    token = registry.invite(federation, tenant="rival", for_s=60.0).token
+    with pytest.raises(InvalidInputError, match="who does it"):
+        registry.accept_invitation(token, key="a", by="two\nlines")
+    assert registry.members(federation) == [] and registry.invitations(federation)[0].member is None
+    assert registry.accept_invitation(token, key="a").key == "a"
+
+
+def test_the_audit_has_one_entry_for_a_round_that_was_committed(registry: Registry, federation: Federation) -> None:
+    start, opened = registry.audit()[-1].id, registry.open_round(federation, 1)
+    experts = [NewExpert(name, make_adapter(seed), "exact") for seed, name in enumerate(("shared", "expert-1"))]
+    for by in ("me", "other"):
+        registry.commit_round(opened, experts, report={}, by=by)
+    commit(registry, federation, 2)
+    registry.abandon_round(registry.open_round(federation, 3), "no quorum")
+    assert said(registry, after=start) == [
+        ("me", "round.commit", "acme/fed round 1", {"experts": ["acme/shared:1", "acme/expert-1:1"]}),
+        ("", "round.commit", "acme/fed round 2", {"experts": ["acme/shared:2"]}),
+    ]
 
 
 # What is kept of updates

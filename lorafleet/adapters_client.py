@@ -79,6 +79,8 @@ class RemoteLineage:
     """Digests; for its owner only, from :meth:`AdapterClient.version`."""
     parent_count: int = 0
     """How many they are; for its owner, everywhere."""
+    members: int | None = None
+    """How many members' updates of that round are in it; None where nobody wrote it down."""
 
 
 @dataclass(frozen=True)
@@ -574,7 +576,8 @@ def _adapter(found: adapters_pb2.Adapter) -> RemoteAdapter:
 
 def _version(found: adapters_pb2.Version) -> RemoteVersion:
     made = found.lineage
-    lineage = RemoteLineage(made.federation, made.round, made.rule, tuple(made.parents), made.parent_count)
+    members = made.members if made.HasField("members") else None
+    lineage = RemoteLineage(made.federation, made.round, made.rule, tuple(made.parents), made.parent_count, members)
     return RemoteVersion(
         reference=found.reference,
         number=found.number,

@@ -235,14 +235,15 @@ def test_show_tells_where_an_expert_comes_from(
         registry.register_base("small", base_digest(base), architecture="LlamaForCausalLM", parameters=1)
         federation = registry.create_federation("acme", "fed", base="small", settings={})
         opened = registry.open_round(federation, 1)
-        expert = NewExpert("shared", LoraAdapter.load(adapters["low"]), rule="exact", parents=())
+        expert = NewExpert("shared", LoraAdapter.load(adapters["low"]), rule="exact", parents=(), members=3)
         (version,) = registry.commit_round(opened, [expert], report={})
         registry.add_member(federation, "m", tenant="acme")
         registry.record_evaluation(version, member="m", loss=1.25, tokens=1000)
     shown = lorafleet.json("adapter", "show", "acme/shared", *store.options)
     assert (shown["lineage"]["federation"], shown["lineage"]["round"], shown["lineage"]["rule"]) == ("fed", 1, "exact")
-    assert shown["evaluations"][0]["loss"] == 1.25
-    assert "1.2500" in lorafleet("adapter", "show", "acme/shared", *store.options)[0]
+    assert (shown["lineage"]["members"], shown["evaluations"][0]["loss"]) == (3, 1.25)
+    said = lorafleet("adapter", "show", "acme/shared", *store.options)[0]
+    assert "1.2500" in said and "'members': 3" in said
     (row,) = lorafleet.json("adapter", "list", "--tenant", "acme", *store.options)
     assert row["aliases"] == ["champion"]
 

@@ -65,7 +65,7 @@ def life(lorafleet: Command, store: Store, adapters: dict[str, Path], base: Path
     with store.open() as registry:
         federation = registry.create_federation("acme", "fed", base="small-base", settings={})
         parents = ("sha256:" + "1" * 64, "sha256:" + "2" * 64)
-        expert = NewExpert("shared", LoraAdapter.load(adapters["high"]), rule="exact", parents=parents)
+        expert = NewExpert("shared", LoraAdapter.load(adapters["high"]), rule="exact", parents=parents, members=1)
         registry.commit_round(registry.open_round(federation, 1), [expert], report={})
     said: list[Any] = []
 
@@ -90,6 +90,7 @@ def life(lorafleet: Command, store: Store, adapters: dict[str, Path], base: Path
         run("retire acme/sql:1", status=1)
         run("show acme/sql --json")
         run("show acme/sql@canary")
+        run("show acme/shared:1")
         run("show acme/shared:1 --json")
         run("list --tenant acme --json")
         run("export acme/sql --json", "--out", out)
@@ -116,6 +117,7 @@ def test_every_command_says_and_does_the_same_on_both(
         path.unlink()
     shown, listed = here[-5][0], here[-4][0]
     assert "1" * 64 in shown and "1" * 64 not in listed and '"parent_count": 2' in listed
+    assert '"members": 1' in shown and '"members": 1' in listed
     assert timeless(life(lorafleet, remote, adapters, base, out)) == timeless(here)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
     assert LoraAdapter.load(out).digest == LoraAdapter.load(adapters["low"]).digest

@@ -266,7 +266,7 @@ def _row(version: Version | RemoteVersion) -> Row:
     made = version.lineage
     lineage = None
     if made is not None:
-        lineage = {name: getattr(made, name) for name in ("federation", "round", "rule", "parent_count")}
+        lineage = {name: getattr(made, name) for name in ("federation", "round", "rule", "parent_count", "members")}
     return {
         "reference": version.reference,
         "digest": version.digest,

@@ -247,6 +247,7 @@ def commit(
             weights=replace(expert.weights, base=parts.base_digest),
             rule=settings.rule,
             parents=expert.parents,
+            members=expert.members,  # also of a private federation, whose reports say the same
         )
         for expert in experts
     ]

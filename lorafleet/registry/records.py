@@ -65,12 +65,16 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a version comes from: federation and round, the rule that made it, the digests that it was made of."""
+    """Where a version comes from: federation and round, the rule that made it, the digests that it was made of.
+
+    ``members`` is how many members' updates of that round are in it; None where nobody wrote it down.
+    """
 
     federation: str
     round: int
     rule: str
     parents: tuple[str, ...] = ()
+    members: int | None = None
 
     @property
     def parent_count(self) -> int:
@@ -265,12 +269,16 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class NewExpert:
-    """An adapter that a round made; ``parents`` are the digests of the updates and experts that it was made of."""
+    """An adapter that a round made; ``parents`` are the digests of the updates and experts that it was made of.
+
+    ``members`` is how many members sent these updates.
+    """
 
     name: str
     weights: LoraAdapter = field(compare=False, repr=False)
     rule: str
     parents: tuple[str, ...] = ()
+    members: int | None = None
 
 
 @dataclass(frozen=True)

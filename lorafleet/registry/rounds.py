@@ -314,7 +314,7 @@ def commit(
     made = []
     for expert in experts:
         adapter = targets[expert.name]
-        lineage = Lineage(federation.name, row.number, expert.rule, tuple(expert.parents))
+        lineage = Lineage(federation.name, row.number, expert.rule, tuple(expert.parents), expert.members)
         contents = versions.contents(expert.weights)
         version = versions.add(session, adapter, contents, now=now, lineage=lineage, round_id=row.id)
         aliases.move(session, adapter, CHAMPION, version.number, now)

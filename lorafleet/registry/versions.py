@@ -363,8 +363,17 @@ def _version(row: VersionRow, tenant: str, adapter: str, base_digest: str) -> Ve
 
 def _lineage_document(lineage: Lineage) -> dict[str, Any]:
     parents = [check_digest("lineage", parent) for parent in lineage.parents]
-    return {"federation": lineage.federation, "round": lineage.round, "rule": lineage.rule, "parents": parents}
+    if lineage.members is not None and not 0 < lineage.members < 2**31:
+        raise InvalidInputError(f"lineage: found {lineage.members} members, expected at least 1, or none said")
+    return {
+        "federation": lineage.federation,
+        "round": lineage.round,
+        "rule": lineage.rule,
+        "parents": parents,
+        "members": lineage.members,
+    }
 
 
 def _lineage(document: dict[str, Any]) -> Lineage:
-    return Lineage(document["federation"], document["round"], document["rule"], tuple(document["parents"]))
+    parents, members = tuple(document["parents"]), document.get("members")  # which older documents lack
+    return Lineage(document["federation"], document["round"], document["rule"], parents, members)

@@ -403,7 +403,8 @@ def test_who_was_left_out_is_in_the_report_the_log_and_the_status(
 ) -> None:
     here = place(nine(attack(-3.0)), robust=wrapped("multi_krum", clip=0.5))
     with caplog.at_level(logging.INFO, "lorafleet"):
-        here.run()
+        made = here.run().versions[SHARED]
+    assert made.lineage is not None and made.lineage.members == len(GOOD)
     said = [record.getMessage() for record in caplog.records]
     assert "round 1: left out of shared: evil, rogue" in said
     assert "round 1: scaled down for shared: " + ", ".join(GOOD) in said

@@ -448,6 +448,9 @@ def test_lineage_names_no_update_of_central_privacy(tmp_path: Path, opened: list
     first, second = registry.versions("operator", "fleet-shared")
     assert first.lineage is not None and first.lineage.parents == ()
     assert second.lineage is not None and second.lineage.parents == (first.digest,)
+    # How many they were is published with every round's report.
+    reports = [round.report["members"] for round in registry.rounds(registry.federation("operator", "fleet"))]
+    assert [{"shared": first.lineage.members}, {"shared": second.lineage.members}] == reports == [{"shared": 3}] * 2
 
 
 def test_experts_with_central_noise_are_not_computed_again_without_it_those_with_local_noise_are(

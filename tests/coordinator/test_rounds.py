@@ -119,6 +119,22 @@ def test_lineage_names_round_rule_and_parents(tmp_path: Path, four: Scripted, op
     assert lineage.parents == (first.digest, journal["a1"], journal["a2"])
 
 
+def test_lineage_counts_the_members_whose_updates_of_that_round_are_in_a_version(
+    tmp_path: Path, four: Scripted, opened: list[Registry]
+) -> None:
+    registry, federation, parts = start(tmp_path, four, SETTINGS)
+    opened.append(registry)
+    run_federation(replace(SETTINGS, rounds=1), federation, parts)
+    four.silent = ("b2",)  # whose group is then too small for an expert of its own
+    standing = run_federation(SETTINGS, federation, parts)
+    own, other = standing.versions[standing.assignment["a1"]], ({"expert-1", "expert-2"} - {standing.assignment["a1"]})
+    made = {
+        name: [v.lineage and (v.lineage.round, v.lineage.members) for v in registry.versions("operator", name)]
+        for name in ("fleet-shared", own.adapter, f"fleet-{other.pop()}")
+    }
+    assert list(made.values()) == [[(1, 4), (2, 3)], [(1, 2), (2, 2)], [(1, 2)]]
+
+
 def test_one_bad_update_costs_only_itself(tmp_path: Path, four: Scripted, opened: list[Registry]) -> None:
     def poisoned(order: Order) -> Reply:
         reply = honest(4, 1)(order)

@@ -246,9 +246,13 @@ def test_committed_round_publishes_its_experts(registry: Registry, federation: F
     before = registry.revision()
     clock.now = 2000.0
     parents = (make_adapter(5).digest, make_adapter(6).digest)
-    versions = registry.commit_round(round, [expert("shared", 1, *parents), expert("cpp", 2)], report={"loss": 1.25})
+    experts = [replace(expert("shared", 1, *parents), members=2), expert("cpp", 2)]
+    versions = registry.commit_round(round, experts, report={"loss": 1.25})
     assert [version.reference for version in versions] == ["acme/shared:1", "acme/cpp:1"]
-    assert versions[0].lineage == Lineage("fed", 1, "exact", parents)
+    assert [version.lineage for version in versions] == [
+        Lineage("fed", 1, "exact", parents, members=2), Lineage("fed", 1, "exact", ()),
+    ]  # fmt: skip
+    assert registry.versions("acme", "shared") == versions[:1]
     assert [registry.load(version).digest for version in versions] == [make_adapter(seed).digest for seed in (1, 2)]
     assert registry.aliases("acme", "shared") == {"champion": 1}
     assert registry.adapter("acme", "shared").federation == "fed"
@@ -281,6 +285,7 @@ def test_commit_that_fails_half_way_changes_nothing(registry: Registry, federati
         ([expert("fresh"), expert("mine")], {}, AlreadyExistsError),
         ([expert("fresh"), expert("fresh", 1)], {}, InvalidInputError),
         ([expert("fresh"), replace(expert("b"), parents=("no digest",))], {}, InvalidInputError),
+        ([expert("fresh"), replace(expert("b"), members=0)], {}, InvalidInputError),
         ([expert("fresh"), NewExpert("b", make_adapter(0, base=OTHER_BASE_DIGEST), "exact")], {}, BaseMismatchError),
         ([expert("fresh")], {"loss": math.nan}, InvalidInputError),
     ):

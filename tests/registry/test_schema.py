@@ -13,7 +13,7 @@ from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from lorafleet.errors import InvalidInputError, UnavailableError
-from lorafleet.registry import Quota, Registry, schema
+from lorafleet.registry import Lineage, Quota, Registry, schema
 from lorafleet.registry.database import Database, make_engine, parse_url
 from lorafleet.registry.tables import Base
 from tests.registry.conftest import Clock, make_adapter
@@ -299,7 +299,9 @@ def test_every_past_revision_is_upgraded_with_what_is_in_it(url: str, folder: Pa
         assert not any(after[table] for table in new - {"alias_moves"})
         # And all of it is used.
         first, second, third, fourth = registry.versions("acme", "sql")
-        assert [v.reference for v in registry.live("rival")] == ["acme/shared:1"]
+        (shared,) = registry.live("rival")
+        # Nobody wrote down then how many members' updates a version is made of.
+        assert (shared.reference, shared.lineage) == ("acme/shared:1", Lineage("f", 1, "exact", (), members=None))
         registry.record_evaluation(third, member="k", loss=1.25, tokens=7)
         assert registry.promote(third).loss_before == 1.5
         assert registry.rollback("acme", "sql") == second.number

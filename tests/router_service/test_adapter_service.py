@@ -172,9 +172,8 @@ def add_expert(fleet: Fleet, *, member: str | None = None) -> None:
     if member is not None:
         registry.add_member(federation, "k", tenant=member)
     opened = registry.open_round(federation, 1)
-    (version,) = registry.commit_round(
-        opened, [NewExpert("shared", fleet_weights(fleet), "exact", (OTHER_BASE,))], report={}
-    )
+    expert = NewExpert("shared", fleet_weights(fleet), "exact", (OTHER_BASE,), members=1)
+    (version,) = registry.commit_round(opened, [expert], report={})
     registry.record_evaluation(version, member="k", loss=1.0, tokens=10)
 
 
@@ -214,6 +213,7 @@ def test_of_anothers_version_nothing_is_told_of_third_parties(shared: Server, ad
     assert seen.version.lineage is not None and own.version.lineage is not None
     assert (seen.version.lineage.federation, seen.version.lineage.parents) == ("fed", ())
     assert own.version.lineage.parents == (OTHER_BASE,)
+    assert (seen.version.lineage.members, own.version.lineage.members) == (1, 1)
     assert (seen.evaluations, len(own.evaluations)) == ((), 1)
     assert rival.versions("acme/shared") == [seen.version]
     assert rival.version("acme/open@champion").evaluations == ()
@@ -409,6 +409,7 @@ def test_versions_that_were_made_of_very_many_updates_are_listed_and_shown(
     lineages = [version.lineage for version in client.versions("acme/shared")]
     assert [made.parent_count for made in lineages if made is not None] == [1, 60_000, 30_000, 30_000]
     assert all(made is not None and made.parents == () for made in lineages)
+    assert [made.members for made in lineages if made is not None] == [1, None, None, None]
     shown = client.version("acme/shared:2").version.lineage
     assert shown is not None and shown.parents == tuple(map(digest, range(60_000)))
     assert sum(page.ByteSize() for page in pages(raw(server), "acme/shared")) < 2000

@@ -52,7 +52,7 @@ def version(
     """
     lineage = None
     if found.lineage is not None and (found.tenant == reader or (found.tenant, found.adapter) in origins):
-        # What it was made of is of other members of its federation.
+        # What it was made of is of other members of its federation; how many they are names none of them.
         parents = found.lineage.parents if found.tenant == reader else ()
         lineage = adapters_pb2.Lineage(
             federation=found.lineage.federation,
@@ -60,6 +60,7 @@ def version(
             rule=found.lineage.rule,
             parents=parents if with_parents else (),
             parent_count=len(parents),
+            members=found.lineage.members,
         )
     return adapters_pb2.Version(
         reference=found.reference,

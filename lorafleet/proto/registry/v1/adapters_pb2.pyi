@@ -64,18 +64,20 @@ class Version(_message.Message):
     def __init__(self, reference: _Optional[str] = ..., number: _Optional[int] = ..., digest: _Optional[str] = ..., base_digest: _Optional[str] = ..., rank: _Optional[int] = ..., parameters: _Optional[int] = ..., state: _Optional[_Union[VersionState, str]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., licence: _Optional[str] = ..., lineage: _Optional[_Union[Lineage, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Lineage(_message.Message):
-    __slots__ = ("federation", "round", "rule", "parents", "parent_count")
+    __slots__ = ("federation", "round", "rule", "parents", "parent_count", "members")
     FEDERATION_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     PARENTS_FIELD_NUMBER: _ClassVar[int]
     PARENT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
     federation: str
     round: int
     rule: str
     parents: _containers.RepeatedScalarFieldContainer[str]
     parent_count: int
-    def __init__(self, federation: _Optional[str] = ..., round: _Optional[int] = ..., rule: _Optional[str] = ..., parents: _Optional[_Iterable[str]] = ..., parent_count: _Optional[int] = ...) -> None: ...
+    members: int
+    def __init__(self, federation: _Optional[str] = ..., round: _Optional[int] = ..., rule: _Optional[str] = ..., parents: _Optional[_Iterable[str]] = ..., parent_count: _Optional[int] = ..., members: _Optional[int] = ...) -> None: ...
 
 class Evaluation(_message.Message):
     __slots__ = ("member", "loss", "tokens", "create_time")

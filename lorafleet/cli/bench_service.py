@@ -21,7 +21,7 @@ def service(
         str | None,
         typer.Option(metavar="URL", help="An empty database, for one scenario. (default: a SQLite file for each)"),
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, help="isolation: calls in all.")] = 10_000,
+    requests: Annotated[int, typer.Option(min=1, help="isolation: calls in all.")] = 12_000,
     tenants: Annotated[int, typer.Option(min=2, help="isolation: who call.")] = 50,
     changes: Annotated[float, typer.Option(min=0.1, help="isolation: of adapters, a second.")] = 8.0,
     probes: Annotated[int, typer.Option(min=2, help="timing: of another tenant's prompts.")] = 1000,

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorafleet.adapters import LoraAdapter
 from lorafleet.bench.service import isolation, load, names, routes, timing
 from lorafleet.bench.service.asks import LOST, Ask, Outcome, Run, poisson, read_outcomes, write_outcomes
+from lorafleet.bench.service.churn import Churn
 from lorafleet.bench.service.figures import quantile, roc_area, slope
-from lorafleet.bench.service.harness import MemorySample
+from lorafleet.bench.service.harness import MemorySample, Tenants, random_adapter
 from lorafleet.bench.service.isolation import IsolationSettings, Judged, Planned
 from lorafleet.bench.service.load import LoadSettings
 from lorafleet.bench.service.reference import Likely, first_wrong
@@ -23,6 +25,8 @@ from lorafleet.bench.service.routes import RouteSettings
 from lorafleet.bench.service.run import ServiceSettings, command_line
 from lorafleet.bench.service.timing import TimingSettings
 from lorafleet.errors import UnavailableError, UnknownNameError
+from lorafleet.registry import Registry
+from lorafleet.registry.records import CHAMPION
 
 
 def outcome(status: str = "OK", *, at_s: float = 0.0, ended_s: float = 1.0, **fields: object) -> Outcome:
@@ -142,17 +146,51 @@ def test_what_is_wrong_failed_or_foreign_and_answered_is_missed() -> None:
     ask = Ask(key="k", prompt="p")
     planned = [Planned(ask, "name"), Planned(ask, "foreign", is_foreign=True)]
 
-    def met(judged: Judged, apart: float = 1.0) -> list[bool]:
-        return [verdict.met for verdict in isolation.verdicts(judged, apart, planned)]
+    def met(judged: Judged, apart: float = 1.0, deleted: int = 1) -> list[bool]:
+        return [verdict.met for verdict in isolation.verdicts(judged, apart, deleted, planned)]
 
     wrong = first_wrong(Model().go, [1], [7])
     assert wrong is not None
     assert all(met(Judged(1, [], 0, 1, Counter())))
-    assert met(Judged(0, [(planned[0], wrong)], 0, 1, Counter())) == [False, True, True, True, True]
+    assert met(Judged(0, [(planned[0], wrong)], 0, 1, Counter())) == [False, True, True, True, True, True]
     assert not all(met(Judged(1, [], 0, 0, Counter({"answered another tenant": 1}))))
     assert not all(met(Judged(0, [], 1, 1, Counter())))
     assert not all(met(Judged(1, [], 0, 1, Counter()), apart=0.5))
     assert not all(met(Judged(1, [], 0, 1, Counter()), apart=math.nan))
+    assert not all(met(Judged(1, [], 0, 1, Counter()), deleted=0))
+
+
+def test_while_adapters_change_their_names_always_mean_something_and_what_is_out_of_use_is_deleted(
+    tmp_path: Path,
+) -> None:
+    now, made = [0.0], iter(range(100, 1000))
+
+    def make() -> LoraAdapter:
+        return random_adapter(next(made), rank=1, targets=("q_proj",))
+
+    with Registry.open(f"sqlite:///{tmp_path / 'registry.db'}", tmp_path / "blobs") as registry:
+        tenants = Tenants(registry)
+        tenants.add("acme")
+        for name in ("a", "b"):
+            tenants.add_adapter("acme", name, make())
+            registry.set_alias("acme", name, CHAMPION, 1)
+        churn = Churn(
+            registry, [("acme", "a"), ("acme", "b")], make, a_second=1.0, rng=random.Random(1), collect_every_s=10.0,
+            clock=lambda: now[0],
+        )  # fmt: skip
+        for _ in range(100):
+            churn.turn()
+            now[0] += 1.0
+        several = [version for name in ("a", "b") for version in registry.versions("acme", name)]
+        gone = [version for version in several if version.purged_at is not None]
+        assert churn.done["replace"] > 10 and len(gone) == churn.deleted > 5
+        assert {version.state for version in gone} <= {"retired", "quarantined"}
+        for version in gone:
+            with pytest.raises(UnavailableError):
+                registry.load_digest(version.digest)
+        for name in ("a", "b"):
+            for version in (registry.resolve(f"acme/{name}"), registry.version("acme", name, 1)):
+                assert registry.load(version).digest == version.digest
 
 
 # Timing

@@ -9,27 +9,19 @@ from itertools import count
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lorafleet.errors import (
     AlreadyExistsError,
     InvalidInputError,
-    LorafleetError,
     NotFoundError,
     PromotionRefusedError,
     UnauthenticatedError,
 )
 from lorafleet.registry import Registry, Version
 from tests.registry.conftest import make_adapter
+from tests.registry.machines import outcome, run
 
 TENANTS = ("a", "b", "c")
 USABLE = ("staged", "evaluated")
@@ -121,14 +113,9 @@ class Machine(RuleBasedStateMachine):
     def expect(self, model: Callable[[], Any], real: Callable[[], Any]) -> None:
         """Both give the same, or raise the same kind of error; what fails changes no revision."""
         before = self.registry.revision()
-        outcomes: list[Any] = []
-        for call in (model, real):
-            try:
-                outcomes.append(call())
-            except LorafleetError as error:
-                outcomes.append(type(error))
-        assert outcomes[0] == outcomes[1]
-        self.changed = not isinstance(outcomes[0], type)
+        expected = outcome(model)
+        assert outcome(real) == expected
+        self.changed = not isinstance(expected, type)
         if not self.changed:
             assert self.registry.revision() == before
 
@@ -365,15 +352,10 @@ def runs() -> Iterator[int]:
 
 
 def test_any_order_of_calls_gives_what_a_model_of_dicts_gives(registry: Registry, runs: Iterator[int]) -> None:
-    run_state_machine_as_test(
-        lambda: Machine(registry, next(runs)),
-        settings=settings(
-            max_examples=6,
-            stateful_step_count=40,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            phases=[Phase.generate],  # shrinking would take minutes; the steps are printed
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+    run(lambda: Machine(registry, next(runs)), examples=6)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_many_orders_of_calls_give_what_a_model_of_dicts_gives(registry: Registry, runs: Iterator[int]) -> None:
+    run(lambda: Machine(registry, next(runs)), examples=30, steps=60, drawn=True)

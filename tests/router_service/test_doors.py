@@ -193,19 +193,22 @@ def test_a_newline_at_the_end_of_a_path_does_not_change_its_scope(server: Server
 
 @pytest.fixture
 def refused_within(server: Server, fleet: Fleet, connect: Connect) -> Callable[[Callable[[], object]], float]:
-    """Seconds from the revocation of acme's key until a call is refused."""
+    """Seconds from the revocation of acme's key until the last call began that was still answered: what a call takes
+    on a busy machine is not in them."""
 
     def measure(ask: Callable[[], object]) -> float:
         ask()
         (key,) = fleet.registry.keys("acme")
         fleet.registry.revoke_key("acme", key.key_id)
-        began = time.monotonic()
-        while time.monotonic() < began + 10.0:
+        revoked, answered = time.monotonic(), 0.0
+        while answered < 10.0:
+            began = time.monotonic() - revoked
             try:
                 ask()
             except (UnauthenticatedError, httpx.HTTPStatusError):
                 break
-        return time.monotonic() - began
+            answered = began
+        return answered
 
     return measure
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafleet.bench.neighbours import Neighbours
 from lorafleet.bench.service.asks import LOST, Ask, Outcome, poisson
 from lorafleet.bench.service.figures import Verdict, quantile, slope
 from lorafleet.bench.service.harness import MemorySample, Service, Tenants, random_adapter
@@ -109,19 +110,24 @@ def bench_load(
     with Service.of(
         work, registry=registry_url, blobs=work / "blobs", arguments=["--threads", str(threads)]
     ) as service:
+        neighbours, taken = Neighbours(), {}
         say(f"capacity, {settings.capacity_s:.0f} s")
         some = [ask(settings, tenants.keys, rng) for _ in range(int(2000 * settings.capacity_s))]
         full = service.ask(some, callers=settings.callers, seconds=settings.capacity_s, timeout_s=TIMEOUT_S)
+        taken["capacity"] = neighbours.share()
         most = capacity(full, settings.capacity_s)
         if most == 0.0:
             statuses = dict(Counter(outcome.status for outcome in full))
             raise UnavailableError(f"the service completed nothing in {settings.capacity_s:g} s ({statuses})")
         say(f"{SHARE * most:.1f} calls a second for {settings.minutes:g} min")
         steady, samples = service.ask_sampled(arriving(SHARE * most, 60.0 * settings.minutes), timeout_s=TIMEOUT_S)
+        taken["steady"] = neighbours.share()
         say(f"{OVER * most:.1f} calls a second for {settings.overload_s:g} s")
         over = service.ask(arriving(OVER * most, settings.overload_s), timeout_s=TIMEOUT_S)
+        taken["over"] = neighbours.share()
         # Whoever was refused or cut off may not be what keeps others out for good.
         after = service.ask(arriving(SHARE * most, min(10.0, settings.overload_s)), timeout_s=TIMEOUT_S)
+        taken["after"] = neighbours.share()
     grown = growth(samples)
     record = {
         "capacity_per_s": most,
@@ -129,8 +135,13 @@ def bench_load(
         "steady": {**_seen(steady), "growth_bytes_per_minute": grown, "memory": _thinned(samples)},
         "over": _seen(over),
         "after": _seen(after),
+        "taken_by_others": taken,
     }
-    return record, verdicts(steady, grown, over, after)
+    made = verdicts(steady, grown, over, after)
+    if (share := taken["steady"]) is not None:
+        figure = f"processors' time that the host gave to others, at {SHARE:.0%}"
+        made.append(Verdict(SCENARIO, figure, share, "for comparison", met=True))
+    return record, made
 
 
 def verdicts(

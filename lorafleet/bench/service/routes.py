@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorafleet.bench.neighbours import Neighbours
 from lorafleet.bench.service.asks import Ask, Outcome, poisson
 from lorafleet.bench.service.figures import Verdict, quantile
 from lorafleet.bench.service.harness import Service, Tenants, random_adapter
@@ -104,17 +105,21 @@ def bench_routes(
         for number, topic in enumerate(about):
             weights = random_adapter(number, rank=2, targets=("q_proj", "v_proj"))
             named[tenants.add_adapter(TENANT, topic.name, weights, card=topic.card).digest] = topic.name
-    phases = []
+    phases, taken = [], {}
     for router in settings.routers:
         arguments = ["--threads", str(threads), "--router", router]
         with Service.of(work / router, registry=registry_url, blobs=work / "blobs", arguments=arguments) as service:
             say(f"{router}: {settings.callers} callers, {settings.seconds:g} s")
+            neighbours = Neighbours()
             phases.append(_phases(settings, router, service, key, about, named, say))
+            taken[router] = neighbours.share()
     bare = None
     if any(not ROUTERS[router].runs_model for router in settings.routers):
         with Service(work / "bare", [sys.executable, "-m", "lorafleet.bench.service.bare"]) as service:
             say(f"a server that does nothing: {settings.callers} callers, {settings.seconds:g} s")
+            neighbours = Neighbours()
             bare = _bare(settings, service, key, about, say)
+            bare["taken_by_others"] = neighbours.share()
     record = {
         found.router: {
             "runs_model": ROUTERS[found.router].runs_model,
@@ -125,6 +130,7 @@ def bench_routes(
             "at_half": _at(per_s(found.waiting, settings.seconds) / 2, found.halved),
             "at_rate": _at(WANTED_PER_S[ROUTERS[found.router].runs_model], found.arriving),
             "right": found.right,
+            "taken_by_others": taken[found.router],
         }
         for found in phases
     }

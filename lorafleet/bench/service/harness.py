@@ -35,6 +35,7 @@ import torch
 from lorafleet.adapters import LoraAdapter, LoraPair
 from lorafleet.adapters.base_shapes import ModuleShapes, base_shapes
 from lorafleet.assets import base_path, describe_base
+from lorafleet.bench.neighbours import Neighbours
 from lorafleet.bench.service.asks import Ask, Outcome, Run, read_outcomes
 from lorafleet.demo.processes import Processes, wait_for_line
 from lorafleet.errors import UnavailableError
@@ -53,6 +54,8 @@ class MemorySample(NamedTuple):
     """since the callers were started"""
     bytes: int
     """resident, of the server and all below it; shared pages count once for each process"""
+    taken_by_others: float | None = None
+    """share of the processors since the sample before (:mod:`lorafleet.bench.neighbours`)"""
 
 
 class Service:
@@ -116,11 +119,12 @@ class Service:
     ) -> tuple[list[Outcome], list[MemorySample]]:
         """In open loop, with the server's memory as it goes."""
         samples: list[MemorySample] = []
+        neighbours = Neighbours()
         began = time.monotonic()
 
         def sample() -> None:
             if time.monotonic() - began >= len(samples) * every_s:
-                samples.append(MemorySample(time.monotonic() - began, self.memory_bytes()))
+                samples.append(MemorySample(time.monotonic() - began, self.memory_bytes(), neighbours.share()))
 
         outcomes = self.start(asks, timeout_s=timeout_s).outcomes(meanwhile=sample)
         return [outcome for outcome in outcomes if outcome is not None], samples

@@ -175,7 +175,13 @@ def _seen(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _thinned(samples: Sequence[MemorySample], most: int = 120) -> list[MemorySample]:
-    return list(samples[:: max(1, len(samples) // most)])
+    """Every so many, each with what others took on the average of those that it stands for."""
+    each = max(1, len(samples) // most)
+    kept = []
+    for first in range(0, len(samples), each):
+        shares = [one.taken_by_others for one in samples[first : first + each] if one.taken_by_others is not None]
+        kept.append(samples[first]._replace(taken_by_others=_mean(shares) if shares else None))
+    return kept
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -172,6 +172,7 @@ def member(site: Site) -> Iterator[Path]:
         yield log
 
 
+@pytest.mark.long
 def test_a_member_trains_through_the_proxy_and_is_known_by_its_key(site: Site, member: Path) -> None:
     log = site.folder / "coordinator.log"
     with lorafleet(log, "coordinator", "run", str(site.folder / "federation.toml")) as process:
@@ -257,6 +258,7 @@ def main(grid, context):
 """
 
 
+@pytest.mark.long
 def test_a_member_refuses_a_foreign_bundle_before_any_code_of_it_runs_and_says_so(
     site: Site, member: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

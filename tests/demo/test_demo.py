@@ -135,6 +135,7 @@ def test_experts_load_with_peft_and_the_engine_gives_its_greedy_tokens(finished:
     assert compared >= 100
 
 
+@pytest.mark.long
 def test_interrupted_it_ends_all_its_processes(tmp_path: Path) -> None:
     process = start(tmp_path)
     deadline = time.monotonic() + 120

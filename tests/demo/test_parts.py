@@ -315,6 +315,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.process
+@pytest.mark.long
 def test_a_demo_that_is_killed_leaves_no_workers(tmp_path: Path) -> None:
     script = tmp_path / "workers.py"
     script.write_text(WORKERS)

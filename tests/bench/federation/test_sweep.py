@@ -161,6 +161,7 @@ def little_text() -> Pools:
     return Pools({d: pieces(w, 0) for d, w in words.items()}, {d: pieces(w, 5000)[:4] for d, w in words.items()})
 
 
+@pytest.mark.long
 def test_a_cell_runs_every_kind_of_arm_through_the_real_round_loop() -> None:
     arms = (
         "base", "centralised", "exact", "ffa", "fedsa", CLUSTERED, attack_arm(NOBODY, NOTHING),

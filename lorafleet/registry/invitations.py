@@ -77,9 +77,10 @@ def accept(session: Session, token: str, key: str, public_key: str, now: float, 
     member, _ = federations.add_member(session, federation, key, tenant_name, now, public_key=public_key)
     row.accepted_at, row.member_key = now, key
     session.flush()
-    # A key may be longer than who did something; whole it is in the details.
+    # Said to be a member, as whoever accepts chooses the key: it may be an operator's name. It may also be longer than
+    # who did something; whole it is in the details.
     details = {"federation": federation.reference, "invited": tenant_name, "member": key}
-    audit.write(session, federation.tenant, "invitation.accept", row.code, now, by or key[:100], details)
+    audit.write(session, federation.tenant, "invitation.accept", row.code, now, by or f"member {key}"[:100], details)
     return member
 
 

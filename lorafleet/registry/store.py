@@ -444,6 +444,7 @@ class Registry:
         """The version that a reference names (:mod:`lorafleet.registry.versions` has the table).
 
         With ``usable_by`` only if that tenant may use it: what is missing and what is foreign are looked for alike.
+        Where its last member of the federation was revoked only numbers name one; :meth:`live` has its newest.
         """
         with self._database.read() as session:
             user = None if usable_by is None else catalog.tenant(session, usable_by).id
@@ -501,8 +502,8 @@ class Registry:
             return versions.live(session, catalog.tenant(session, tenant).id)
 
     def may_use(self, tenant: str, version: Version) -> bool:
-        """Whether a version is a tenant's to use: its own, granted to it, or made by a federation while it had a member
-        there."""
+        """Whether a version is a tenant's to use: its own, granted to it, or made by a federation before its last
+        member there was revoked."""
         with self._database.read() as session:
             return versions.may_use(session, catalog.tenant(session, tenant).id, version)
 

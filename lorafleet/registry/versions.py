@@ -217,8 +217,9 @@ def resolve(session: Session, reference: Reference, *, usable_by: int | None = N
     else:
         statement = statement.where(_is_current())
     if usable_by is not None:
-        # Where an alias points is of today, also while that is an old version: its move would tell of a newer one.
-        may = _is_usable_by if reference.alias is None else is_shared_with
+        # Where an alias or the bare name points is of today, also while that is an old version: its move would tell of
+        # a newer one. What the bare name means to whoever has left, :func:`live` knows.
+        may = is_shared_with if reference.number is None else _is_usable_by
         statement = statement.where(may(session, usable_by))
     row = session.execute(statement).one_or_none()
     if row is None:
@@ -258,8 +259,8 @@ def live(session: Session, tenant_id: int | None) -> list[Version]:
 def may_use(session: Session, tenant_id: int, version: Version) -> bool:
     """Whether a version is a tenant's to use.
 
-    It is where the tenant owns it, was granted its adapter, or has a member in the federation that made it, or had one
-    when it was made.
+    It is where the tenant owns it, was granted its adapter, or has a member in the federation that made it, or where it
+    was made before the last of them was revoked.
     """
     row = find(session, version, lock=False)
     statement = select(VersionRow.id).join(AdapterRow, AdapterRow.id == VersionRow.adapter_id)

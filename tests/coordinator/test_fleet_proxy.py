@@ -298,7 +298,7 @@ def test_who_was_invited_becomes_a_member_and_its_node_passes_at_once(
     (member,) = registry.members(federation)
     assert (member.key, member.public_key) == ("alder", key)
     accepted = [(e.by, e.details["member"]) for e in registry.audit() if e.action == "invitation.accept"]
-    assert accepted == [("alder", "alder")]
+    assert accepted == [("member alder", "alder")]
 
 
 def test_a_registry_that_does_not_answer_lets_nobody_pass_and_nobody_know(

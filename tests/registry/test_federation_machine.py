@@ -295,11 +295,12 @@ class Machine(RuleBasedStateMachine):
                 assert self.registry.may_use(own, version) == (version.number in usable)
             shown = self.registry.aliases(self.own[OWNER], "shared", shown_to=own)
             assert shown == ({"champion": len(self.model.made_at)} if is_current else {})
+            for reference in (name, f"{name}@champion"):  # where both point is of today
 
-            def by_alias(own: str = own) -> int:
-                return self.registry.resolve(f"{name}@champion", usable_by=own).number
+                def resolved(reference: str = reference, own: str = own) -> int:
+                    return self.registry.resolve(reference, usable_by=own).number
 
-            assert outcome(by_alias) == (len(self.model.made_at) if is_current else NotFoundError)
+                assert outcome(resolved) == (len(self.model.made_at) if is_current else NotFoundError)
 
     def teardown(self) -> None:
         found = {member.key: member for member in self.registry.members(self.federation)}

@@ -332,8 +332,8 @@ def test_the_audit_says_who_invited_and_who_accepted_and_never_the_token(
     first, second, third = (each.invitation.code for each in made)
     assert said(registry, after=start) == [
         *(("ada", "invitation.create", code, {**where, "expires_at": 1060.0}) for code in (first, second, third)),
-        ("a", "invitation.accept", first, {**where, "member": "a"}),
-        (long[:100], "invitation.accept", second, {**where, "member": long}),
+        ("member a", "invitation.accept", first, {**where, "member": "a"}),
+        (f"member {long}"[:100], "invitation.accept", second, {**where, "member": long}),
         ("bob", "invitation.accept", third, {**where, "member": "c"}),
     ]
     assert not any(each.token.split("_", 2)[2] in repr(registry.audit()) for each in made)
